@@ -1,0 +1,299 @@
+"""What a network is made of, as plain data: its layers with their shapes, and how wide each side is.
+
+`trace_network` runs the model once and records every call of every convolution, linear layer and normalisation; it
+asks `groups` which channels hang together; and it *checks* that claim on the network itself: a random quarter of
+every group's channels is removed from a copy, and the copy must equal the original with the consumers of those
+channels silenced. A group for which that fails (a dependency that no graph sees) is left alone, with a note.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+from .groups import ChannelGroup, Side, first_line, remove_channels, trace_groups, traceable
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm)
+_ACTIVATIONS = {
+    "Relu": "relu", "Hardtanh": "relu6", "Hardswish": "hardswish", "Silu": "silu", "Gelu": "gelu",
+    "Sigmoid": "sigmoid", "Hardsigmoid": "hardsigmoid", "LeakyRelu": "leaky_relu", "Tanh": "tanh",
+}  # fmt: skip
+_STATISTICS_OVER_CHANNELS = ("layer_norm", "group_norm")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one input: enough to trace a fresh model again."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    def example(self, generator: torch.Generator | None = None) -> Tensor:
+        """A random tensor of this shape (zeros for integer types)."""
+        dtype = getattr(torch, self.dtype)
+        if dtype.is_floating_point:
+            return torch.randn(self.shape, generator=generator).to(dtype)
+        return torch.zeros(self.shape, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One call of one layer at batch 1.
+
+    `op` is "conv", "conv_transpose", "linear" or "norm"; `kernel` … `dilation` are empty unless it convolves;
+    `activation` names the activation that follows it directly or behind a BatchNorm, None if there is none.
+    """
+
+    name: str
+    op: str
+    in_channels: int
+    out_channels: int
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    bias: bool = False
+    activation: str | None = None
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups > 1 and self.groups == self.in_channels == self.out_channels
+
+
+@dataclass(frozen=True)
+class Width:
+    """Channels of one layer side: `fixed` ones that no group owns, and `per_root` for every root a group keeps."""
+
+    fixed: int
+    parts: tuple[tuple[str, int], ...] = ()
+
+    def at(self, widths: Mapping[str, int]) -> int:
+        return self.fixed + sum(per_root * widths[group] for group, per_root in self.parts)
+
+
+@dataclass(frozen=True)
+class NetworkTrace:
+    """Groups, layer calls in execution order, and the inputs they were traced with.
+
+    `parameters` holds every tensor of `model.parameters()` as (qualified name, shape).
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    layers: tuple[LayerSpec, ...]
+    inputs: tuple[TensorSpec, ...]
+    parameters: tuple[tuple[str, tuple[int, ...]], ...] = field(repr=False, default=())
+
+    @cached_property
+    def by_name(self) -> dict[str, ChannelGroup]:
+        return {group.name: group for group in self.groups}
+
+    @property
+    def prunable(self) -> tuple[ChannelGroup, ...]:
+        return tuple(group for group in self.groups if group.prunable)
+
+    @property
+    def base_widths(self) -> dict[str, int]:
+        """Root channels of every prunable group, unpruned: the search's starting point."""
+        return {group.name: group.channels for group in self.prunable}
+
+    @cached_property
+    def _owned(self) -> dict[tuple[str, Side], list[tuple[str, int]]]:
+        owned: dict[tuple[str, Side], list[tuple[str, int]]] = {}
+        for group in self.prunable:
+            for m in group.members:
+                owned.setdefault((m.layer, m.side), []).append((group.name, group.multiplicity(m)))
+        return owned
+
+    def width(self, layer: str, side: Side, channels: int) -> Width:
+        """How wide a layer side of `channels` unpruned channels is, as a function of the groups' widths."""
+        parts = tuple(self._owned.get((layer, side), ()))
+        return Width(channels - sum(per_root * self.by_name[g].channels for g, per_root in parts), parts)
+
+
+def trace_network(model: nn.Module, example_inputs: tuple[Any, ...], *, verify: bool = True) -> NetworkTrace:
+    """Record the layers and channel groups of a model.
+
+    Args:
+        model: left as it was: weights, modes, `requires_grad`.
+        example_inputs: positional inputs, a tuple of tensors, batch 1 for costs to be per image.
+        verify: check every group on a pruned copy (about two further forward passes and a copy of the model).
+
+    Raises:
+        ModelError: the model does not run, or returns nothing that depends on its inputs.
+    """
+    groups = trace_groups(model, example_inputs)
+    if verify:
+        groups = _verified(model, example_inputs, groups)
+    parameters = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
+    inputs = tuple(TensorSpec.of(x) for x in example_inputs)
+    return NetworkTrace(tuple(groups), tuple(record_layers(model, example_inputs)), inputs, parameters)
+
+
+def record_layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[LayerSpec]:
+    """Every call of every convolution, linear and normalisation layer, in execution order."""
+    calls: list[tuple[str, nn.Module, Tensor, Tensor, Any]] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                calls.append((name, module, args[0], output, output.grad_fn))
+
+        return record
+
+    kinds = (*_CONVS, *_TRANSPOSED, nn.Linear, *_NORMS)
+    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
+    try:
+        with traceable(model):
+            output = model(*example_inputs)
+    except Exception as error:
+        raise ModelError(f"expected a model that runs on the example inputs, got {first_line(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    consumers = _consumers(_tensors(output))
+    return [_layer_spec(name, module, x, y, _activation(fn, consumers)) for name, module, x, y, fn in calls]
+
+
+def _layer_spec(name: str, module: Any, x: Tensor, y: Tensor, activation: str | None) -> LayerSpec:
+    shapes = (tuple(x.shape), tuple(y.shape))
+    bias = getattr(module, "bias", None) is not None
+    if isinstance(module, (*_CONVS, *_TRANSPOSED)):
+        op = "conv" if isinstance(module, _CONVS) else "conv_transpose"
+        padding = module.padding if isinstance(module.padding, tuple) else _same_padding(module)
+        return LayerSpec(
+            name, op, module.in_channels, module.out_channels, *shapes, tuple(module.kernel_size),
+            tuple(module.stride), padding, tuple(module.dilation), module.groups, bias, activation,
+        )  # fmt: skip
+    if isinstance(module, nn.Linear):
+        return LayerSpec(name, "linear", module.in_features, module.out_features, *shapes, (), (), (), (), 1, bias,
+                         activation)  # fmt: skip
+    channels = x.shape[-1] if isinstance(module, nn.LayerNorm) else x.shape[1]
+    return LayerSpec(name, "norm", channels, channels, *shapes, bias=bias, activation=activation)
+
+
+def _same_padding(module: Any) -> tuple[int, ...]:
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    return tuple(d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _consumers(outputs: Iterable[Tensor]) -> dict[Any, list[Any]]:
+    """Autograd nodes by the node whose result they read."""
+    consumers: dict[Any, list[Any]] = {}
+    stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        for source, _ in node.next_functions:
+            if source is not None:
+                consumers.setdefault(source, []).append(node)
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+    return consumers
+
+
+def _activation(node: Any, consumers: Mapping[Any, list[Any]]) -> str | None:
+    """The activation that reads a layer's output, directly or behind its normalisation."""
+    while node is not None:
+        readers = consumers.get(node, [])
+        if len(readers) != 1:
+            return None
+        node = readers[0]
+        kind = type(node).__name__.partition("Backward")[0]
+        if kind in _ACTIVATIONS:
+            return _ACTIVATIONS[kind]
+        if "BatchNorm" not in kind:
+            return None
+    return None
+
+
+def _verified(model: nn.Module, inputs: tuple[Any, ...], groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Groups whose removal is not what it seems get a note; one joint check when all is well."""
+    candidates = [g for g in groups if g.prunable and g.units > 1]
+    if _removal_fault(model, inputs, candidates) is None:
+        return list(groups)
+    faults = {g.name: fault for g in candidates if (fault := _removal_fault(model, inputs, [g])) is not None}
+    noted = [replace(g, note=faults[g.name]) if g.name in faults else g for g in groups]
+    sound = [g for g in noted if g in candidates]
+    joint = _removal_fault(model, inputs, sound)
+    # Sound one by one and not together: no single group to blame, so none is safe.
+    return noted if joint is None else [replace(g, note=joint) if g in sound else g for g in noted]
+
+
+def _removal_fault(model: nn.Module, inputs: tuple[Any, ...], groups: Sequence[ChannelGroup]) -> str | None:
+    """Why removing a random quarter of these groups' channels is wrong; None if it is right."""
+    if not groups:
+        return None
+    draw = random.Random(0)
+    removed = {}
+    for group in groups:
+        units = draw.sample(range(group.units), max(1, group.units // 4))
+        removed[group.name] = [u + b * group.units for u in units for b in range(group.blocks)]
+    exact = all(m.kind not in _STATISTICS_OVER_CHANNELS for g in groups for m in g.members)
+    with torch.no_grad(), traceable(model):
+        try:
+            pruned = remove_channels(copy.deepcopy(model), inputs, removed)
+            with torch.no_grad():
+                got = _tensors(pruned.eval()(*inputs))
+        except Exception as error:
+            return f"removing its channels breaks the model ({first_line(error)})"
+        masked = copy.deepcopy(model)
+        silence(masked, groups, removed)
+        with torch.no_grad():
+            want = _tensors(masked.eval()(*inputs))
+    if [t.shape for t in got] != [t.shape for t in want]:
+        return "removing its channels changes the shape of the model's output"
+    close = all(torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-4 * float(b.abs().max() + 1e-12))
+                for a, b in zip(got, want, strict=True))  # fmt: skip
+    return None if close or not exact else "removing its channels changes the output in ways no dependency explains"
+
+
+def silence(model: nn.Module, groups: Iterable[ChannelGroup], removed: Mapping[str, Sequence[int]]) -> None:
+    """Zero, in place, the weights by which layers read the removed channels: equal to removing them."""
+    modules = dict(model.named_modules())
+    for group in groups:
+        gone = set(removed.get(group.name, ()))
+        for m in group.side("in"):
+            channels = [c for c, r in zip(m.channels, m.roots, strict=True) if r in gone]
+            module: Any = modules[m.layer]
+            with torch.no_grad():
+                if getattr(module, "groups", 1) > 1:
+                    _silence_grouped(module, channels)
+                elif isinstance(module, _TRANSPOSED):
+                    module.weight[channels] = 0
+                else:
+                    module.weight[:, channels] = 0
+
+
+def _silence_grouped(conv: Any, channels: Sequence[int]) -> None:
+    """Input channel c of a grouped convolution is column c mod (in/groups) of its block's filters."""
+    per_in, per_out = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+    for c in channels:
+        block, column = divmod(c, per_in)
+        if isinstance(conv, _TRANSPOSED):
+            conv.weight[c] = 0
+        else:
+            conv.weight[block * per_out : (block + 1) * per_out, column] = 0
