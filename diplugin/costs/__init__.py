@@ -1,0 +1,17 @@
+"""What a structure costs, predicted from kept channel counts, and the budgets that limit it."""
+
+from .arithmetic import PeakActivationMemory, layer_macs, macs, params
+from .base import CostModel, SeparableCost, Term, Widths
+from .budget import Budget
+
+__all__ = [
+    "Budget",
+    "CostModel",
+    "PeakActivationMemory",
+    "SeparableCost",
+    "Term",
+    "Widths",
+    "layer_macs",
+    "macs",
+    "params",
+]

@@ -1,0 +1,113 @@
+"""Costs that follow from shapes alone: multiply-accumulates, parameters, peak activation memory.
+
+MACs here are the multiply-accumulates of convolutions and linear layers at the traced batch (1 for "per image").
+Other counters disagree by what they add: torch-pruning's also counts BatchNorm, ReLU and pooling, thop's some of
+those. Matrix products inside attention are not counted.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from ..network import LayerSpec, NetworkTrace, Width
+from .base import SeparableCost, Term, Widths
+
+_FLOAT_BYTES = 4
+
+
+def macs(trace: NetworkTrace) -> SeparableCost:
+    """Multiply-accumulates of convolutions and linear layers."""
+    layers = [layer for layer in trace.layers if layer.op != "norm"]
+    return SeparableCost("macs", "MAC", trace.base_widths, [_macs_term(trace, layer) for layer in layers])
+
+
+def layer_macs(layer: LayerSpec, cin: int, cout: int) -> float:
+    """Multiply-accumulates of one layer call with `cin` inputs and `cout` outputs."""
+    if layer.op == "linear":
+        return float(prod(layer.input_shape[:-1]) * cin * cout)
+    window = prod(layer.kernel)
+    positions = layer.input_shape if layer.op == "conv_transpose" else layer.output_shape
+    pixels = positions[0] * prod(positions[2:])
+    groups = cin if layer.depthwise else layer.groups
+    return float(pixels * window * cin * cout // groups)
+
+
+def _macs_term(trace: NetworkTrace, layer: LayerSpec) -> Term:
+    inside, outside = _sides(trace, layer)
+    return Term(_groups(inside, outside), lambda w: layer_macs(layer, inside.at(w), outside.at(w)))
+
+
+def _sides(trace: NetworkTrace, layer: LayerSpec) -> tuple[Width, Width]:
+    inside = trace.width(layer.name, "in", layer.in_channels)
+    return inside, trace.width(layer.name, "out", layer.out_channels)
+
+
+def _groups(*sides: Width) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(group for side in sides for group, _ in side.parts))
+
+
+def params(trace: NetworkTrace) -> SeparableCost:
+    """Parameters of the network, buffers not counted."""
+    by_layer = {layer.name: layer for layer in trace.layers}
+    terms = [_params_term(trace, name, shape, by_layer) for name, shape in trace.parameters]
+    return SeparableCost("params", "", trace.base_widths, terms)
+
+
+def _params_term(trace: NetworkTrace, name: str, shape: tuple[int, ...], layers: dict[str, LayerSpec]) -> Term:
+    owner, _, leaf = name.rpartition(".")
+    layer = layers.get(owner)
+    if layer is None:
+        return _bare_parameter_term(trace, name, owner, shape)
+    inside, outside = _sides(trace, layer)
+    if layer.op == "norm" or leaf != "weight":
+        return Term(_groups(outside), lambda w: float(outside.at(w)))
+    window = prod(layer.kernel)
+
+    def weight(widths: Widths) -> float:
+        cin, cout = inside.at(widths), outside.at(widths)
+        return float(window * cin * cout // (cin if layer.depthwise else layer.groups))
+
+    return Term(_groups(inside, outside), weight)
+
+
+def _bare_parameter_term(trace: NetworkTrace, name: str, owner: str, shape: tuple[int, ...]) -> Term:
+    """A tensor of no traced layer: it shrinks with the group that owns it, or with its PReLU or embedding."""
+    size = prod(shape)
+    for group in trace.prunable:
+        for member in group.members:
+            if member.layer in (name, owner) and member.kind in ("parameter", "prelu", "embedding"):
+                rest = size // len(member.channels)
+                side = trace.width(member.layer, "out", len(member.channels))
+                return Term((group.name,), lambda w: float(rest * side.at(w)))
+    return Term((), lambda _: float(size))
+
+
+class PeakActivationMemory:
+    """Largest sum of one layer's input and output tensors, in MB (10^6 bytes) of float32.
+
+    A runtime needs at least this much working memory for activations; tensors that a shortcut keeps alive beside
+    them come on top and depend on the runtime.
+    """
+
+    name, unit = "memory_mb", "MB"
+
+    def __init__(self, trace: NetworkTrace) -> None:
+        self._base_widths = trace.base_widths
+        self._layers = [(layer, *_sides(trace, layer)) for layer in trace.layers]
+
+    @property
+    def base(self) -> float:
+        return self.cost(self._base_widths)
+
+    def cost(self, widths: Widths) -> float:
+        return max((self._bytes(*entry, widths) for entry in self._layers), default=0.0) / 1e6
+
+    def change(self, widths: Widths, group: str, width: int) -> float:
+        return self.cost({**widths, group: width}) - self.cost(widths)
+
+    @staticmethod
+    def _bytes(layer: LayerSpec, inside: Width, outside: Width, widths: Widths) -> float:
+        cin = outside.at(widths) if layer.op == "norm" else inside.at(widths)
+        read = prod(layer.input_shape) * cin / layer.in_channels
+        written = prod(layer.output_shape) * outside.at(widths) / layer.out_channels
+        return _FLOAT_BYTES * (read + written)
