@@ -179,8 +179,11 @@ def problem_of(features: Tensor, labels: Tensor, rho: float, ridge: float | None
 def make_problem(features: Tensor, targets: Tensor, rho: float, ridge: float | None) -> Problem:
     """The ridge problem of features [N, C, ...] and centred targets [N, L]."""
     x, scale = centred_features(features)
+    energy = float(x.detach().square().sum())
     if ridge is None:
-        absolute = check_positive(rho, "rho") * float(x.detach().square().sum()) / len(x)
+        absolute = check_positive(rho, "rho") * energy / len(x)
+    elif ridge == 0 and energy == 0:  # what `absolute_ridge` gives for a dead layer
+        absolute = 0.0
     else:
         absolute = check_positive(ridge, "ridge") / scale / scale
     return Problem(x, unit_targets(targets.to(x.device)), absolute, scale)
