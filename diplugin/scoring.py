@@ -1,0 +1,78 @@
+"""Scores of channel groups: one pass over the data, one vector for every group.
+
+`GroupScores` speaks in fractions of label variance, the same unit for every layer, which is what lets a search compare
+channels across the network by their score per cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import DataError
+from .features import CHUNK_SIZE, Forward, GetLabels, Observation, forward_inputs, labels_of, score_points
+from .groups import ChannelGroup
+from .taps import AfterActivation, Tap, points_of, root_scores
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """DI scores of the root channels of every group that ran.
+
+    Attributes:
+        scores: group name -> float64 [channels]: first-order DI loss of removing that channel alone, a fraction of
+            label variance.
+        di: group name -> DI of the tapped tensors (their mean), in [0, 1).
+        images: how many images were scored.
+        rho: the relative ridge.
+    """
+
+    scores: Mapping[str, Tensor]
+    di: Mapping[str, float]
+    images: int
+    rho: float
+
+
+def score_groups(
+    model: nn.Module,
+    loader: Iterable[Any],
+    groups: Sequence[ChannelGroup],
+    *,
+    rho: float = 10.0,
+    tap: Tap | None = None,
+    get_labels: GetLabels = labels_of,
+    forward: Forward = forward_inputs,
+    chunk_size: int = CHUNK_SIZE,
+    class_weight: str | None = None,
+) -> GroupScores:
+    """Score every prunable group by first-order DI.
+
+    Args:
+        model: run in eval mode, left as it was.
+        loader: batches of (inputs, labels); other forms with `get_labels(batch)` and `forward(model, batch)`.
+        groups: from `trace_groups`; the ones with a note are passed over.
+        rho: ridge relative to the mean energy of an image.
+        tap: which tensors are scored, see `diplugin.taps`.
+        chunk_size: images per DI problem; scores of different sizes do not compare.
+
+    Raises:
+        DataError: unusable data, or a group none of whose layers ran.
+    """
+    tap = tap or AfterActivation()
+    wanted = [group for group in groups if group.prunable]
+    observation = Observation(get_labels, forward, rho, class_weight, chunk_size)
+    seen = score_points(model, loader, points_of(wanted, tap), observation)
+    scores: dict[str, Tensor] = {}
+    di: dict[str, float] = {}
+    for group in wanted:
+        total = root_scores(group, tap, lambda point: seen[point].scores if point in seen else None)
+        if total is None:
+            raise DataError(f"expected the layers of group {group.name!r} to run on the data, none of them did")
+        scores[group.name] = total
+        ran = [seen[p].di for p in points_of([group], tap) if p in seen]
+        di[group.name] = sum(ran) / len(ran)
+    images = max((s.images for s in seen.values()), default=0)
+    return GroupScores(scores, di, images, rho)

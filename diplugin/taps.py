@@ -1,0 +1,90 @@
+"""Where DI looks: which tensors are scored for a channel group.
+
+A *tap* is an object that picks members of a group; the tensor at each of them is scored as a whole (a channel's score
+depends on the channels beside it), and the scores of its channels are summed onto the group's root channels, which is
+exact for the squared Frobenius norms that first-order DI consists of. Several tensors' scores are averaged.
+
+| tap | tensor | when |
+|---|---|---|
+| `AfterActivation` (default) | what the group's *readers* read: the input of the next convolution or linear layer, so behind normalisation, activation, pooling, shortcut sum, concatenation or gate, however the model's forward spells them | best or equal in every measurement |
+| `AtLayer` | what the group's *producers* write: the output of the convolution or linear layer itself | as good, and needed where nothing reads |
+| `AtNorm` | the output of the group's normalisation layers | for comparison: its scale hides the signal |
+
+Both adapters and `scoring` ask here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .groups import ChannelGroup, GroupMember, Side
+
+_NORM_KINDS = ("batch_norm", "layer_norm", "group_norm", "instance_norm")
+
+
+@dataclass(frozen=True, order=True)
+class TapPoint:
+    """One tensor of the network: the input ("in") or output ("out") of a layer."""
+
+    layer: str
+    side: Side
+
+
+@runtime_checkable
+class Tap(Protocol):
+    """Chooses the members of a group whose tensors are scored; none means that the group cannot be scored."""
+
+    def members(self, group: ChannelGroup) -> tuple[GroupMember, ...]: ...
+
+
+@dataclass(frozen=True)
+class AtLayer:
+    """Score the output of the convolutions and linear layers that produce the channels."""
+
+    def members(self, group: ChannelGroup) -> tuple[GroupMember, ...]:
+        return group.side("out") or group.side("out", ("depthwise",))
+
+
+@dataclass(frozen=True)
+class AfterActivation:
+    """Score the channels as the next convolutions and linear layers read them."""
+
+    def members(self, group: ChannelGroup) -> tuple[GroupMember, ...]:
+        readers = group.side("in") or group.side("in", ("depthwise",))
+        return readers or AtLayer().members(group)
+
+
+@dataclass(frozen=True)
+class AtNorm:
+    """Score the output of the group's normalisation layers, falling back to the producers'."""
+
+    def members(self, group: ChannelGroup) -> tuple[GroupMember, ...]:
+        return group.side("out", _NORM_KINDS) or AtLayer().members(group)
+
+
+def points_of(groups: Sequence[ChannelGroup], tap: Tap) -> tuple[TapPoint, ...]:
+    """Every tensor that the tap wants for these groups, once."""
+    return tuple(dict.fromkeys(TapPoint(m.layer, m.side) for g in groups for m in tap.members(g)))
+
+
+def root_scores(group: ChannelGroup, tap: Tap, at: Callable[[TapPoint], Tensor | None]) -> Tensor | None:
+    """Scores of a group's root channels from the scores of the tapped tensors' channels.
+
+    Args:
+        at: scores [channels of that tensor] of a tap point, None where the layer never ran.
+
+    Returns:
+        float64 [group.channels], the mean over the tensors that ran; None if none of them did.
+    """
+    totals: list[Tensor] = []
+    for member in tap.members(group):
+        scores = at(TapPoint(member.layer, member.side))
+        if scores is not None:
+            channels, roots = torch.tensor(member.channels), torch.tensor(member.roots)
+            totals.append(torch.zeros(group.channels, dtype=torch.float64).index_add_(0, roots, scores[channels].cpu()))
+    return torch.stack(totals).mean(0) if totals else None
