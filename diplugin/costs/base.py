@@ -73,6 +73,10 @@ class SeparableCost:
         after = {**widths, group: width}
         return sum(self._value(i, after) - self._value(i, widths) for i in touching)
 
+    def neighbours(self, group: str) -> set[str]:
+        """Groups that share a term with this one, itself included: whose changes in cost depend on its width."""
+        return {group, *(g for i in self._touching.get(group, []) for g in self._terms[i].groups)}
+
     def _value(self, index: int, widths: Widths) -> float:
         term, known = self._terms[index], self._known[index]
         key = tuple(widths[g] for g in term.groups)
