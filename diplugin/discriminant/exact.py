@@ -78,8 +78,8 @@ def channel_scores(
     """First-order DI scores 2ρ‖W_c‖²/‖Y‖², float64 [C]: the derivative of DI/‖Y‖² by a mask on channel c, at ρ fixed.
 
     In the fraction of label variance, so that channels of different layers compare; DI is quadratic in a mask, so the
-    score of a small channel is about twice the loss of removing it (`removal_losses`). Arguments, errors and the warning
-    are those of `discriminant_information`.
+    score of a small channel is about twice the loss of removing it (`removal_losses`). Arguments, errors and the
+    warning are those of `discriminant_information`.
 
     >>> x = torch.tensor([[0.0, 1.0], [0.0, -1.0], [1.0, 1.0], [1.0, -1.0]])
     >>> channel_scores(x, torch.tensor([0, 0, 1, 1]), ridge=1.0)

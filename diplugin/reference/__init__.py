@@ -1,0 +1,31 @@
+"""scikit-learn as the referee: is DI what it claims to be, on a sceptic's own model and data?
+
+`check_identities` computes DI and, by scikit-learn alone, the same number again; `validate_network` does so for the
+layers of a model, follows DI along channel orders (it must never fall), and measures by cross-validated linear
+discriminant analysis what the channels are worth that DI keeps, against those that others keep.
+"""
+
+from __future__ import annotations
+
+from .identities import Identity, check_identities, di_along, greedy_order, lda_trace, ridge_value
+from .network import collect, filter_norms, validate_network
+from .plot import plot_validation
+from .study import Accuracy, LayerValidation, lda_accuracy, save_validation, validate_layer
+
+__all__ = [
+    "Accuracy",
+    "Identity",
+    "LayerValidation",
+    "check_identities",
+    "collect",
+    "di_along",
+    "filter_norms",
+    "greedy_order",
+    "lda_accuracy",
+    "lda_trace",
+    "plot_validation",
+    "ridge_value",
+    "save_validation",
+    "validate_layer",
+    "validate_network",
+]
