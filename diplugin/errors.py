@@ -79,3 +79,7 @@ class StaleScoresWarning(UserWarning):
 
 class UncalibratedLatencyWarning(UserWarning):
     """A latency is predicted by a plain sum of table entries, without an end-to-end calibration."""
+
+
+class RoundedLatencyWarning(UserWarning):
+    """A latency was looked up at a wider profiled width, since its own width was not profiled."""

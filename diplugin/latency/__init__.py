@@ -1,0 +1,18 @@
+"""Measuring latency: what to profile, on which device, and how a sum of entries becomes a prediction."""
+
+from .finish import finish, load_bundle
+from .local import OnnxTiming, measure_onnx, profile_here
+from .plan import ProfilePlan, Protocol, make_plan, runtime_setting, width_grid
+
+__all__ = [
+    "OnnxTiming",
+    "ProfilePlan",
+    "Protocol",
+    "finish",
+    "load_bundle",
+    "make_plan",
+    "measure_onnx",
+    "profile_here",
+    "runtime_setting",
+    "width_grid",
+]

@@ -1,0 +1,583 @@
+#!/usr/bin/env python3
+"""The one file that runs on a device: times the graphs of a profile bundle and writes a journal.
+
+Idea: everything that needs thought happened where the bundle was made. Here a list of *jobs* (tiny ONNX graphs) is
+timed in interleaved rounds, so that a slow minute touches all of a chunk alike, and every finished job becomes one
+checksummed JSON line, synced to disk. Killed at any moment and started again it goes on where it was.
+
+It imports nothing but the standard library, numpy and a runtime, and keeps to Python 3.8.
+
+    python3 bundle.pyz [--journal FILE] [--quiet]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+
+JOURNAL_FORMAT = "diplugin-journal"
+PLAN_FORMAT = "diplugin-profile-plan"
+SCHEMA = 1
+DRIFT, MAX_CV, CLEAN_RATIO = 0.05, 0.05, 0.9
+ATTEMPTS, PAUSES, PAUSE_S = 3, 3, 5.0
+ROW_FIELDS = ("attempts", "cpu_ms", "cv", "drift", "id", "n", "ratio", "rounds", "runs", "unstable", "wall_ms")
+
+
+class ProfileError(Exception):
+    """The bundle, the journal or this device cannot be used; one line."""
+
+
+# ------------------------------------------------------------------------------------------------ bundle and journal
+
+
+def canonical(document):
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def refuse_constant(name):
+    raise ValueError("%s is no number" % name)
+
+
+def parse(text):
+    """One JSON value; ValueError for everything that is not strictly JSON."""
+    try:
+        return json.loads(text, parse_constant=refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+class Bundle:
+    """A plan and its graphs, in a zip file: `plan.json` and `blobs/NAME`."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                text = archive.read("plan.json").decode()
+            self.plan = checked_plan(parse(text))
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            raise ProfileError("expected a profile bundle in %r, but %s: make it again with 'diplugin profile plan'"
+                               % (self.path, first_line(error))) from None
+
+    def blob(self, name):
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                data = archive.read("blobs/" + name)
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise ProfileError("graph %s of the bundle cannot be read: %s" % (name, first_line(error))) from None
+        if hashlib.sha256(data).hexdigest() != name.split(".")[0]:
+            raise ProfileError("graph %s of the bundle is damaged: copy the bundle again" % name)
+        return data
+
+
+def checked_plan(plan):
+    if not isinstance(plan, dict) or plan.get("format") != PLAN_FORMAT:
+        raise ValueError("it holds no profile plan")
+    if plan.get("schema") != SCHEMA:
+        raise ValueError("its schema is %s and this version reads %d" % (str(plan.get("schema"))[:20], SCHEMA))
+    if plan_sha256(plan) != plan.get("sha256"):
+        raise ValueError("its plan does not match its SHA-256")
+    return plan
+
+
+def plan_sha256(plan):
+    return hashlib.sha256(canonical({k: v for k, v in plan.items() if k != "sha256"}).encode()).hexdigest()
+
+
+def first_line(error):
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def sealed(row):
+    """A row as a line of the journal, with a checksum that tells a flipped bit."""
+    return canonical({**row, "crc": "%08x" % zlib.crc32(canonical(row).encode())}) + "\n"
+
+
+def unsealed(line):
+    """The row of a journal's line; ValueError if it is damaged."""
+    row = parse(line)
+    if not isinstance(row, dict):
+        raise ValueError("it is no object")
+    crc = row.pop("crc", None)
+    if crc != "%08x" % zlib.crc32(canonical(row).encode()):
+        raise ValueError("its checksum is wrong")
+    return row
+
+
+class Journal:
+    """Append-only JSON lines: a header, then one row a finished job, each synced before the next begins."""
+
+    def __init__(self, path, plan):
+        self.path, self.plan = str(path), plan
+        self.known = {job["id"] for job in plan["jobs"]}
+        self.rows = {}
+        self.sessions = []
+        if os.path.exists(self.path):
+            self._repair()
+            header, rows = read_journal(self.path)
+            if header is not None and header["plan_sha256"] != plan["sha256"]:
+                raise ProfileError("journal %r belongs to another plan: name another one with --journal" % self.path)
+            self.rows = rows
+            self.fresh = header is None
+        else:
+            self.fresh = True
+
+    def _repair(self):
+        """Cut a last line that a kill left unfinished."""
+        with open(self.path, "rb+") as file:
+            data = file.read()
+            whole = data.rfind(b"\n") + 1
+            if whole != len(data):
+                file.truncate(whole)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def start(self, provenance):
+        if self.fresh:
+            self._append({"format": JOURNAL_FORMAT, "schema": SCHEMA, "plan_sha256": self.plan["sha256"],
+                          "provenance": provenance})
+        self.fresh = False
+
+    def add(self, row):
+        row = dict(row, n=len(self.rows))
+        self._append(row)
+        self.rows[row["id"]] = row
+
+    def _append(self, row):
+        try:
+            with open(self.path, "a", encoding="ascii") as file:
+                file.write(sealed(row))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ProfileError("the journal %r cannot be written (%s): make room or name another place with --journal; "
+                               "nothing done so far is lost" % (self.path, first_line(error))) from None
+
+
+def read_journal(path):
+    """(header or None, rows by job id) of a journal; its unfinished last line, if any, is not read.
+
+    Identical repeated lines count once, and order does not matter: rows are numbered.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(256 << 20)
+    except OSError as error:
+        raise ProfileError("the journal %r cannot be read: %s" % (str(path), first_line(error))) from None
+    header, rows, numbers = None, {}, {}
+    for number, line in enumerate(data[:data.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            row = unsealed(line.decode("ascii"))
+            if "format" in row:
+                check_header(row, header)
+                header = row
+                continue
+            check_row(row)
+            if rows.get(row["id"], row) != row or numbers.get(row["n"], row["id"]) != row["id"]:
+                raise ValueError("it contradicts an earlier line")
+        except (ValueError, OverflowError) as error:
+            raise ProfileError("line %d of the journal %r is damaged (%s): delete that line to measure it again"
+                               % (number, str(path), first_line(error))) from None
+        rows[row["id"]], numbers[row["n"]] = row, row["id"]
+    if header is None and rows:
+        raise ProfileError("the journal %r has lost its header: profile again" % str(path))
+    return header, rows
+
+
+def check_header(row, earlier):
+    if row["format"] != JOURNAL_FORMAT:
+        raise ValueError("it is of another format")
+    if row.get("schema") != SCHEMA:
+        raise ValueError("its schema is %s and this version reads %d" % (str(row.get("schema"))[:20], SCHEMA))
+    if not isinstance(row.get("provenance"), dict) or not isinstance(row.get("plan_sha256"), str):
+        raise ValueError("its header is incomplete")
+    if earlier is not None and earlier != row:
+        raise ValueError("it is a second header")
+
+
+def check_row(row):
+    if tuple(sorted(row)) != ROW_FIELDS:
+        raise ValueError("its fields are not those of a row")
+    if not isinstance(row["id"], str) or type(row["unstable"]) is not bool:
+        raise ValueError("its fields have wrong types")
+    for name in ("attempts", "n", "rounds", "runs"):
+        if type(row[name]) is not int or not 0 <= row[name] < 1 << 31:
+            raise ValueError("%s is no count" % name)
+    for name in ("cpu_ms", "cv", "drift", "ratio", "wall_ms"):
+        if type(row[name]) not in (int, float) or not 0 <= row[name] < 3.6e6:
+            raise ValueError("%s is no plausible number" % name)
+
+
+# ------------------------------------------------------------------------------------------------ the device's state
+
+
+def read_text(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read(4096).decode("utf-8", "replace").replace("\0", "").strip()
+    except OSError:
+        return ""
+
+
+def tool(*command):
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20, check=False)
+        return done.stdout.decode("utf-8", "replace").strip()[:400]
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def device_model():
+    """The device in words."""
+    model = read_text("/proc/device-tree/model")
+    cpu = [line.split(":", 1)[1].strip() for line in read_text("/proc/cpuinfo").splitlines()
+           if line.lower().startswith(("model name", "hardware"))]
+    return model or (cpu[0] if cpu else platform.processor() or platform.machine())
+
+
+def frequencies():
+    base = "/sys/devices/system/cpu/cpu%d/cpufreq/scaling_cur_freq"
+    return " ".join(filter(None, (read_text(base % i) for i in range(os.cpu_count() or 1))))
+
+
+def emulated():
+    """Whether an emulator stands in for the device: its times mean nothing."""
+    if os.environ.get("DIPLUGIN_EMULATED"):
+        return True
+    # Under qemu-user the kernel's own view of the processor stays that of the host.
+    host = read_text("/proc/cpuinfo").lower()
+    return platform.machine() in ("aarch64", "armv7l") and ("genuineintel" in host or "authenticamd" in host)
+
+
+def provenance(setting):
+    affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    load = os.getloadavg() if hasattr(os, "getloadavg") else (0.0, 0.0, 0.0)
+    found = {
+        "device": device_model(), "machine": platform.machine(), "kernel": platform.release(),
+        "cpus": os.cpu_count() or 0, "python": platform.python_version(), "affinity": " ".join(map(str, affinity)),
+        "governor": read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "frequencies_khz": frequencies(), "load": "%.2f" % load[0], "emulated": emulated(),
+        "runtime_version": setting.get("version", ""), "throttled": tool("vcgencmd", "get_throttled"),
+        "nvpmodel": tool("nvpmodel", "-q"), "jetson_clocks": tool("jetson_clocks", "--show"),
+        "jetpack": read_text("/etc/nv_tegra_release")[:400], "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    clean = {k: "".join(c if c.isprintable() else " " for c in v) if isinstance(v, str) else v
+             for k, v in found.items()}
+    return {k: v for k, v in clean.items() if v not in ("", None)}
+
+
+def throttled():
+    """Whether a Raspberry Pi says that it is, right now, short of voltage, capped or throttled."""
+    text = tool("vcgencmd", "get_throttled")
+    try:
+        return bool(int(text.split("=", 1)[1], 16) & 0xF)
+    except (IndexError, ValueError):
+        return False
+
+
+# ------------------------------------------------------------------------------------------------ runtimes
+
+
+class OnnxRuntime:
+    """Sessions of ONNX Runtime with the plan's setting."""
+
+    LEVELS = {"disable": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED",
+              "all": "ORT_ENABLE_ALL"}
+
+    def __init__(self, setting):
+        try:
+            import numpy
+            import onnxruntime
+        except ImportError as error:
+            raise ProfileError("this device lacks %s: install it with 'python3 -m pip install numpy onnxruntime'"
+                               % (error.name or first_line(error))) from None
+        self.numpy, self.runtime, self.setting = numpy, onnxruntime, setting
+        if setting["provider"] not in onnxruntime.get_available_providers():
+            raise ProfileError("this device's onnxruntime has no %s, it has %s"
+                               % (setting["provider"], ", ".join(onnxruntime.get_available_providers())))
+        self.version = onnxruntime.__version__
+
+    def load(self, blob, inputs):
+        """A function without arguments that runs the graph once on fixed inputs."""
+        options = self.runtime.SessionOptions()
+        options.intra_op_num_threads = self.setting["threads"]
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        level = self.LEVELS[self.setting["graph_optimization"]]
+        options.graph_optimization_level = getattr(self.runtime.GraphOptimizationLevel, level)
+        session = self.runtime.InferenceSession(blob, options, providers=[self.setting["provider"]])
+        draw = self.numpy.random.RandomState(0)
+        feed = {name: draw.rand(*shape).astype(dtype) for name, shape, dtype in inputs}
+        return lambda: session.run(None, feed)
+
+
+class Trtexec:
+    """NVIDIA's `trtexec` behind the same face: it times a graph by itself and exports the times as JSON.
+
+    Tested on recorded output only, not on a Jetson.
+    """
+
+    def __init__(self, setting):
+        self.tool = os.environ.get("TRTEXEC", "trtexec")
+        version = tool(self.tool, "--help")
+        if not version:
+            raise ProfileError("expected NVIDIA's trtexec on this device's PATH (or named by TRTEXEC), found none")
+        self.setting, self.version = setting, trtexec_version(version)
+
+    def times(self, blob, runs):
+        """Milliseconds of GPU compute of each run."""
+        with tempfile.TemporaryDirectory() as folder:
+            model, times = os.path.join(folder, "model.onnx"), os.path.join(folder, "times.json")
+            with open(model, "wb") as file:
+                file.write(blob)
+            command = [self.tool, "--onnx=" + model, "--exportTimes=" + times, "--iterations=%d" % runs,
+                       "--warmUp=200", "--duration=0", "--useSpinWait"]
+            if self.setting.get("precision") == "float16":
+                command.append("--fp16")
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+            if done.returncode != 0:
+                tail = done.stdout.decode("utf-8", "replace").strip().splitlines()[-1:] or [""]
+                raise ProfileError("trtexec failed: %s" % tail[0][:300])
+            return trtexec_times(read_text_all(times))
+
+
+def read_text_all(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def trtexec_version(text):
+    """The version in trtexec's banner, as "8.6.1"; "" if there is none."""
+    for word in text.replace("]", " ").split():
+        if word.startswith("v") and word[1:].isdigit() and len(word) >= 5:
+            digits = word[1:]
+            return ".".join(str(int(part)) for part in (digits[:-3] or "0", digits[-3], digits[-2:]))
+    return ""
+
+
+def trtexec_times(text):
+    """Compute times in ms from what `trtexec --exportTimes` wrote; ProfileError if it is something else."""
+    try:
+        records = parse(text)
+        times = [float(record["computeMs"]) for record in records]
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise ProfileError("expected a JSON list with computeMs, as trtexec --exportTimes writes it") from None
+    if not times or not all(0 < t < 3.6e6 for t in times):
+        raise ProfileError("trtexec's times are empty or not positive")
+    return times
+
+
+RUNTIMES = {"onnxruntime": OnnxRuntime}
+
+
+# ------------------------------------------------------------------------------------------------ timing
+
+
+class Timer:
+    """Rounds of one job: medians of `runs` runs each, in CPU time of the thread and in wall time."""
+
+    def __init__(self, job, run, protocol, thread_clock):
+        self.job, self.run = job, run
+        self.clock = time.thread_time_ns if thread_clock else time.process_time_ns
+        self.thread_clock = thread_clock
+        start = time.perf_counter()
+        self.run()
+        self.run()
+        first = max(1e-6, (time.perf_counter() - start) / 2)
+        for _ in range(min(5, int(protocol["warmup_ms"] / 1e3 / first))):
+            self.run()
+        self.runs = int(max(protocol["min_runs"], min(protocol["runs"], protocol["round_ms"] / 1e3 / first)))
+        self.reset()
+
+    def reset(self):
+        self.cpu, self.wall = [], []
+
+    def round(self):
+        cpu, wall = [], []
+        for _ in range(self.runs):
+            w0, c0 = time.perf_counter_ns(), self.clock()
+            self.run()
+            c1, w1 = self.clock(), time.perf_counter_ns()
+            cpu.append(c1 - c0)
+            wall.append(w1 - w0)
+        self.cpu.append(statistics.median(cpu) / 1e6)
+        self.wall.append(statistics.median(wall) / 1e6)
+
+    @property
+    def judged(self):
+        """The rounds that count: with one thread its CPU time, which other processes disturb little; else wall."""
+        return self.cpu if self.thread_clock else self.wall
+
+    @property
+    def cv(self):
+        values = self.judged
+        return statistics.pstdev(values) / statistics.mean(values) if statistics.mean(values) > 0 else 0.0
+
+    def row(self, attempts, drift):
+        cpu, wall = statistics.median(self.cpu), statistics.median(self.wall)
+        return {"id": self.job["id"], "cpu_ms": round(cpu, 6), "wall_ms": round(wall, 6), "cv": round(self.cv, 5),
+                "ratio": round(min(cpu / wall, 1e3) if wall else 0.0, 4), "attempts": attempts, "runs": self.runs,
+                "rounds": len(self.cpu), "drift": round(drift, 4), "unstable": self.cv > MAX_CV or drift > DRIFT}
+
+
+class Profiler:
+    """Times the jobs of a plan that its journal does not hold yet."""
+
+    def __init__(self, bundle, journal, runtime, progress=None, pause_s=PAUSE_S):
+        self.bundle, self.journal, self.runtime, self.pause_s = bundle, journal, runtime, pause_s
+        self.plan = bundle.plan
+        self.setting, self.protocol = self.plan["setting"], self.plan["protocol"]
+        self.thread_clock = self.setting["threads"] == 1 and self.setting["provider"] == "CPUExecutionProvider"
+        self.progress = progress or (lambda done, total: None)
+        self.sentinel = None
+
+    def run(self):
+        todo = [job for job in self.plan["jobs"] if job["id"] not in self.journal.rows]
+        total = len(self.plan["jobs"])
+        self.progress(total - len(todo), total)
+        if not todo:
+            return
+        self.journal.start(provenance({"version": self.runtime.version}))
+        for chunk in chunks(todo, self.protocol["chunk"]):
+            for row in self.measure(chunk):
+                self.journal.add(row)
+            self.progress(len(self.journal.rows), total)
+
+    def measure(self, chunk):
+        """Rows of a chunk of jobs; measured again while the device is throttled."""
+        for _ in range(PAUSES + 1):
+            drift = self.settle()
+            rows = self.rounds(chunk, drift)
+            if not throttled():
+                return rows
+            time.sleep(self.pause_s)
+        return [dict(row, unstable=True) for row in rows]
+
+    def rounds(self, chunk, drift):
+        timers = [self.timer(job) for job in chunk]
+        waiting, attempts = timers, 0
+        while waiting and attempts < ATTEMPTS:
+            attempts += 1
+            best = {id(t): (t.cv, t.cpu, t.wall) for t in waiting if t.cpu}
+            for t in waiting:
+                t.reset()
+                t.attempts = attempts
+            for _ in range(self.protocol["rounds"]):
+                for t in waiting:
+                    t.round()
+            for t in waiting:
+                cv, cpu, wall = best.get(id(t), (t.cv, t.cpu, t.wall))
+                if cv < t.cv:
+                    t.cpu, t.wall = cpu, wall
+            waiting = [t for t in waiting if t.cv > MAX_CV]
+        return [t.row(t.attempts, drift) for t in timers]
+
+    def timer(self, job):
+        run = self.runtime.load(self.bundle.blob(job["blob"]), job["inputs"])
+        return Timer(job, run, self.protocol, self.thread_clock)
+
+    def settle(self):
+        """Wait for the sentinel to run as fast as at the start; returns the drift that is left."""
+        if self.sentinel is None:
+            job = next(job for job in self.plan["jobs"] if job["id"] == self.plan["sentinel"])
+            self.sentinel = self.timer(job)
+            known = self.journal.rows.get(job["id"])
+            if known is None:
+                self.reference = self.sentinel_ms()
+                return 0.0
+            self.reference = known["cpu_ms" if self.thread_clock else "wall_ms"]
+        for pause in range(PAUSES + 1):
+            now = self.sentinel_ms()
+            drift = abs(now / self.reference - 1) if self.reference else 0.0
+            if drift <= DRIFT or pause == PAUSES:
+                break
+            time.sleep(self.pause_s)
+        return drift
+
+    def sentinel_ms(self):
+        self.sentinel.reset()
+        for _ in range(3):
+            self.sentinel.round()
+        return statistics.median(self.sentinel.judged)
+
+
+def chunks(jobs, size):
+    """Jobs in chunks that are timed together; whole nets in chunks of at most three, for memory's sake."""
+    chunk = []
+    for job in jobs:
+        limit = min(size, 3) if job["kind"] == "net" else size
+        if chunk and (len(chunk) >= limit or (job["kind"] == "net") != (chunk[0]["kind"] == "net")):
+            yield chunk
+            chunk = []
+        chunk.append(job)
+    if chunk:
+        yield chunk
+
+
+def profile(bundle, journal_path, progress=None, pause_s=PAUSE_S, runtime=None):
+    """Time every job of a bundle that the journal does not hold yet; returns the journal."""
+    setting = bundle.plan["setting"]
+    if runtime is None:
+        if setting["runtime"] not in RUNTIMES:
+            raise ProfileError("this file cannot run %r" % str(setting["runtime"])[:40])
+        runtime = RUNTIMES[setting["runtime"]](setting)
+    journal = Journal(journal_path, bundle.plan)
+    Profiler(bundle, journal, runtime, progress, pause_s).run()
+    return journal
+
+
+# ------------------------------------------------------------------------------------------------ command
+
+
+def progress_line(stream):
+    """Progress with the remaining time: in place on a terminal, else a line every ten per cent."""
+    start, last = time.monotonic(), [-1, None]
+
+    def show(done, total):
+        if last[1] is None:
+            last[1] = done
+        elapsed, fresh = time.monotonic() - start, done - last[1]
+        left = "%d s left" % (elapsed / fresh * (total - done)) if fresh else "starting"
+        if stream.isatty():
+            stream.write("\r%d/%d  %s   " % (done, total, left))
+        elif done * 10 // max(total, 1) > last[0] or done == total:
+            last[0] = done * 10 // max(total, 1)
+            stream.write("%d/%d %s\n" % (done, total, left))
+        stream.flush()
+
+    return show
+
+
+def main(argv=None):
+    own = sys.argv[0]
+    parser = argparse.ArgumentParser(prog=os.path.basename(own), description="Time this bundle's graphs here.")
+    parser.add_argument("--bundle", default=own, help=argparse.SUPPRESS)
+    parser.add_argument("--journal", help="where results go (default: the bundle's name with .jsonl)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    args = parser.parse_args(argv)
+    journal = args.journal or os.path.splitext(os.path.basename(args.bundle))[0] + ".jsonl"
+    try:
+        done = profile(Bundle(args.bundle), journal, None if args.quiet else progress_line(sys.stderr))
+    except ProfileError as error:
+        print("error: %s" % error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    print("%d rows in %s; bring it back and run 'diplugin profile finish'" % (len(done.rows), journal))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

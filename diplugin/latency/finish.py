@@ -1,0 +1,140 @@
+"""From a plan and its journal to a table: raw times become what an operator adds to a net.
+
+A one-operator graph also pays for being called and, in a runtime that computes in a blocked layout, for reordering
+its input and output. Both were timed apart, and both are taken off: the call once, and half of each edge's
+reordering on either side. The nets timed end to end then give the calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import TableError
+from ..tables import Alignment, Entry, LatencyTable, NetTiming, OpKey, Setting
+from . import device
+from .calibration import calibrate, measured_alignment
+
+MIN_SHARE = 0.2
+Row = Mapping[str, Any]
+
+
+def finish(plan: Mapping[str, Any], journal: str | Path, *, name: str = "", device_name: str = "") -> LatencyTable:
+    """The table of a plan's journal.
+
+    Args:
+        plan: as a bundle holds it.
+        journal: what the device wrote.
+        name: of the table; the plan's by default.
+        device_name: the device in words; what it said about itself by default.
+
+    Raises:
+        TableError: the journal is damaged, of another plan, or lacks rows.
+    """
+    try:
+        header, rows = device.read_journal(str(journal))
+    except device.ProfileError as error:
+        raise TableError(str(error)) from None
+    if header is None:
+        raise TableError(f"expected a profile journal in {str(journal)!r}, got one without a header: profile again")
+    if header["plan_sha256"] != plan["sha256"]:
+        raise TableError(f"expected the journal of this bundle, got {str(journal)!r} of another plan")
+    missing = [job["id"] for job in plan["jobs"] if job["id"] not in rows]
+    if missing:
+        raise TableError(f"the journal {str(journal)!r} lacks {len(missing)} of {len(plan['jobs'])} rows: run the "
+                         f"bundle again with the same journal to go on")  # fmt: skip
+    return table_from_rows(plan, rows, header["provenance"], name=name, device_name=device_name)
+
+
+def load_bundle(path: str | Path) -> device.Bundle:
+    """A bundle's plan and graphs.
+
+    Raises:
+        TableError: the file is no bundle.
+    """
+    try:
+        return device.Bundle(path)
+    except device.ProfileError as error:
+        raise TableError(str(error)) from None
+
+
+def key_from_row(row: list[Any]) -> OpKey:
+    """The key that a plan's JSON row stands for."""
+    return OpKey(*(tuple(v) if isinstance(v, list) else v for v in row))
+
+
+class _Times:
+    """Rows by job, read as milliseconds of the clock that counts."""
+
+    def __init__(self, plan: Mapping[str, Any], rows: Mapping[str, Row]) -> None:
+        setting = plan["setting"]
+        one_thread = setting["threads"] == 1 and setting["provider"] == "CPUExecutionProvider"
+        self.clock = "cpu_ms" if one_thread else "wall_ms"
+        self.plan, self.rows = plan, rows
+
+    def of(self, *kinds: str) -> Iterator[tuple[Mapping[str, Any], Row, float]]:
+        for job in self.plan["jobs"]:
+            if job["kind"] in kinds:
+                row = self.rows[job["id"]]
+                yield job["detail"], row, row[self.clock]
+
+
+def table_from_rows(
+    plan: Mapping[str, Any], rows: Mapping[str, Row], provenance: Mapping[str, Any], *,
+    name: str = "", device_name: str = "",
+) -> LatencyTable:  # fmt: skip
+    """The table of a complete set of rows."""
+    times = _Times(plan, rows)
+    overhead = next((ms for _, _, ms in times.of("call")), 0.0)
+    edges = _edges(times, overhead)
+    entries: dict[OpKey, Entry] = {}
+    probes: list[OpKey] = []
+    for kind in ("entry", "probe"):
+        for detail, row, ms in times.of(kind):
+            key = key_from_row(detail["key"])
+            net = max(MIN_SHARE * ms, ms - overhead - _edge_ms(edges, key))
+            entry = Entry(key, net, row["cpu_ms"], row["wall_ms"], row["cv"], row["unstable"])
+            entries.setdefault(key, entry)
+            probes += [key] if kind == "probe" else []
+    nets = tuple(_net(detail, row, ms, entries) for detail, row, ms in times.of("net"))
+    setting = Setting(**{**plan["setting"], "version": provenance.get("runtime_version") or plan["setting"]["version"]})
+    return LatencyTable(
+        name=name or plan["name"], device=device_name or str(provenance.get("device", "unknown device"))[:160],
+        setting=setting, entries=tuple(entries.values()), nets=nets,
+        alignment=alignment_of(entries, probes), overhead_ms=overhead, calibration=calibrate(nets),
+        emulated=bool(provenance.get("emulated", False)), provenance=dict(provenance), plan_sha256=plan["sha256"],
+    )  # fmt: skip
+
+
+def _edges(times: _Times, overhead: float) -> dict[tuple[int, tuple[int, ...], int], float]:
+    """Reordering cost of a tensor at a graph's edges, in and out together: one pooling, less one more pooling."""
+    found: dict[tuple[int, tuple[int, ...], int], dict[int, float]] = {}
+    for detail, _, ms in times.of("edge"):
+        key = (detail["channels"], tuple(detail["size"]), detail["batch"])
+        found.setdefault(key, {})[detail["repeats"]] = ms
+    return {key: max(0.0, ms[1] - (ms[2] - ms[1]) - overhead) for key, ms in found.items() if len(ms) == 2}
+
+
+def _edge_ms(edges: Mapping[tuple[int, tuple[int, ...], int], float], key: OpKey) -> float:
+    sides = ((key.cin, key.size, key.batch), (key.cout, key.output_size, key.batch))
+    return sum(edges.get(side, 0.0) for side in sides) / 2
+
+
+def _net(detail: Mapping[str, Any], row: Row, ms: float, entries: Mapping[OpKey, Entry]) -> NetTiming:
+    total = sum(entries[key_from_row(key)].latency_ms for key in detail["keys"])
+    return NetTiming(detail["name"], ms, total, row["cpu_ms"], row["wall_ms"], row["cv"])
+
+
+def alignment_of(entries: Mapping[OpKey, Entry], probes: list[OpKey]) -> Alignment:
+    """The alignment that the probed staircases show."""
+    stairs: dict[str, dict[int, float]] = {}
+    for key in dict.fromkeys(probes):
+        ms = entries[key].latency_ms
+        if key.depthwise:
+            stairs.setdefault("depthwise", {})[key.cout] = ms
+        elif key.cin == 32:
+            stairs.setdefault("out", {})[key.cout] = ms
+        if not key.depthwise and key.cout == 32:
+            stairs.setdefault("in", {})[key.cin] = ms
+    return measured_alignment(stairs.values())

@@ -1,0 +1,267 @@
+"""The ONNX graphs that a profile bundle times: single operators, their edges, whole nets; all without weights.
+
+A runtime's time does not depend on weight values (denormal numbers aside), so weights are `ConstantOfShape` nodes,
+which the runtime folds when it loads: a graph is a few hundred bytes, whatever the layer. The constant is one over
+the fan-in, so that activations neither explode nor fade into denormals on the way through a deep net.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from math import prod
+from typing import Any
+
+from ..errors import ModelError
+from ..tables import OpKey
+
+OPSET, IR = 17, 8
+INT8_SCALE = 0.02
+
+
+def operator_graph(key: OpKey, *, dense: bool = False) -> tuple[bytes, list[list[Any]]]:
+    """A graph of one operator with its activation, and the inputs to feed: [[name, shape, dtype]].
+
+    Args:
+        key: what to build; "int8" gives quantize-dequantize form with 8-bit edges, which runtimes fuse.
+        dense: store weights as they are, for runtimes that want initializers (TensorRT).
+
+    Raises:
+        ModelError: an activation that is not known here.
+    """
+    builder = _Builder(dense)
+    quantized = key.dtype == "int8"
+    shape = _input_shape(key)
+    x = builder.dequantize("x") if quantized else "x"
+    y = builder.weighted(key, x, quantized)
+    y = builder.activation(key.activation, y)
+    if quantized:
+        y = builder.quantize(y)
+    kind = "uint8" if quantized else "float32"
+    return builder.finish(shape, y, kind), [["x", list(shape), kind]]
+
+
+def edge_graph(channels: int, size: tuple[int, ...], batch: int, repeats: int) -> tuple[bytes, list[list[Any]]]:
+    """`repeats` poolings that change nothing: one against two tells what a graph pays for this tensor at its edges.
+
+    Runtimes that compute in a blocked layout reorder tensors there, which a layer inside a net does not pay.
+    """
+    builder, name = _Builder(False), "x"
+    for _ in range(repeats):
+        name = builder.node("MaxPool", [name], kernel_shape=[1] * len(size))
+    shape = (batch, channels, *size)
+    return builder.finish(shape, name, "float32"), [["x", list(shape), "float32"]]
+
+
+def call_graph() -> tuple[bytes, list[list[Any]]]:
+    """A graph that does nothing: the cost of one call."""
+    builder = _Builder(False)
+    return builder.finish((1, 4), builder.node("Identity", ["x"]), "float32"), [["x", [1, 4], "float32"]]
+
+
+def _input_shape(key: OpKey) -> tuple[int, ...]:
+    if key.op == "linear":
+        return (key.batch, key.cin) if key.size == (1,) else (key.batch, *key.size, key.cin)
+    return (key.batch, key.cin, *key.size)
+
+
+class _Builder:
+    """Nodes and initializers of one small graph."""
+
+    def __init__(self, dense: bool) -> None:
+        self.dense = dense
+        self.nodes: list[Any] = []
+        self.initializers: list[Any] = []
+
+    def node(self, op: str, inputs: list[str], **attributes: Any) -> str:
+        from onnx import helper
+
+        output = f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
+        return output
+
+    def constant(self, value: Any) -> str:
+        import numpy as np
+        from onnx import numpy_helper
+
+        name = f"c{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def filled(self, shape: tuple[int, ...], value: float, dtype: str = "float32") -> str:
+        import numpy as np
+        from onnx import helper
+
+        if self.dense:
+            return self.constant(np.full(shape, value, dtype))
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        fill = helper.make_tensor("value", kind, [1], [int(value) if dtype == "int8" else value])
+        return self.node("ConstantOfShape", [self.constant(np.array(shape, np.int64))], value=fill)
+
+    def weighted(self, key: OpKey, x: str, quantized: bool) -> str:
+        import numpy as np
+
+        if key.op == "linear":
+            shape, fan_in = (key.cin, key.cout), key.cin
+        elif key.op == "conv":
+            shape, fan_in = (key.cout, key.cin // key.groups, *key.kernel), key.cin // key.groups * prod(key.kernel)
+        else:
+            shape, fan_in = (key.cin, key.cout // key.groups, *key.kernel), key.cin // key.groups * prod(key.kernel)
+        weight = self._quantized_weight(shape) if quantized else self.filled(shape, 1 / fan_in)
+        bias = self._quantized_bias(key.cout) if quantized else self.constant(np.zeros(key.cout, np.float32))
+        if key.op == "linear":
+            if key.size == (1,):
+                return self.node("Gemm", [x, weight, bias])
+            return self.node("Add", [self.node("MatMul", [x, weight]), bias])
+        return self.node(
+            "Conv" if key.op == "conv" else "ConvTranspose", [x, weight, bias], kernel_shape=list(key.kernel),
+            strides=list(key.stride), pads=[*key.padding, *key.padding], dilations=list(key.dilation),
+            group=key.groups,
+        )  # fmt: skip
+
+    def _quantized_weight(self, shape: tuple[int, ...]) -> str:
+        import numpy as np
+
+        weight = self.constant(np.full(shape, 3, np.int8))
+        return self.node("DequantizeLinear", [weight, self._scale(), self.constant(np.int8(0))])
+
+    def _quantized_bias(self, channels: int) -> str:
+        import numpy as np
+
+        bias, scale = self.constant(np.zeros(channels, np.int32)), self.constant(np.float32(INT8_SCALE**2))
+        return self.node("DequantizeLinear", [bias, scale, self.constant(np.int32(0))])
+
+    def _scale(self) -> str:
+        import numpy as np
+
+        return self.constant(np.float32(INT8_SCALE))
+
+    def dequantize(self, x: str) -> str:
+        import numpy as np
+
+        return self.node("DequantizeLinear", [x, self._scale(), self.constant(np.uint8(0))])
+
+    def quantize(self, x: str) -> str:
+        import numpy as np
+
+        return self.node("QuantizeLinear", [x, self._scale(), self.constant(np.uint8(0))])
+
+    def activation(self, name: str, x: str) -> str:
+        import numpy as np
+
+        simple = {"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh", "hardswish": "HardSwish"}
+        if name == "":
+            return x
+        if name in simple:
+            return self.node(simple[name], [x])
+        if name == "relu6":
+            return self.node("Clip", [x, self.constant(np.float32(0)), self.constant(np.float32(6))])
+        if name == "silu":
+            return self.node("Mul", [x, self.node("Sigmoid", [x])])
+        if name == "hardsigmoid":
+            return self.node("HardSigmoid", [x], alpha=1 / 6, beta=0.5)
+        if name == "leaky_relu":
+            return self.node("LeakyRelu", [x], alpha=0.01)
+        if name == "gelu":
+            inner = self.node("Div", [x, self.constant(np.float32(2**0.5))])
+            inner = self.node("Add", [self.node("Erf", [inner]), self.constant(np.float32(1))])
+            return self.node("Mul", [self.node("Mul", [x, inner]), self.constant(np.float32(0.5))])
+        raise ModelError(f"expected a known activation behind a layer, got {name!r}: profile without it")
+
+    def finish(self, shape: tuple[int, ...], output: str, dtype: str) -> bytes:
+        import numpy as np
+        from onnx import helper
+
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        graph = helper.make_graph(
+            self.nodes, "g", [helper.make_tensor_value_info("x", kind, list(shape))],
+            [helper.make_tensor_value_info(output, kind, None)], self.initializers,
+        )  # fmt: skip
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR)
+        return model.SerializeToString()
+
+
+def net_graph(model: Any, example_inputs: tuple[Any, ...], *, dense: bool = False) -> tuple[bytes, list[list[Any]]]:
+    """A whole net as ONNX with its weights taken out, and the inputs to feed.
+
+    Raises:
+        ModelError: the model cannot be exported.
+    """
+    import onnx
+
+    names = [f"input_{i}" for i in range(len(example_inputs))]
+    proto = onnx.load_from_string(export_bytes(model, example_inputs, names))
+    if not dense:
+        hollow(proto)
+    feeds = [[name, list(x.shape), str(x.dtype).removeprefix("torch.")]
+             for name, x in zip(names, example_inputs, strict=True)]  # fmt: skip
+    return proto.SerializeToString(), feeds
+
+
+def export_bytes(model: Any, example_inputs: tuple[Any, ...], names: list[str]) -> bytes:
+    """ONNX of a model in eval mode; the quick exporter where it can, else the thorough one."""
+    import torch
+
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            buffer = io.BytesIO()
+            try:
+                torch.onnx.export(model, example_inputs, buffer, input_names=names, opset_version=OPSET,
+                                  dynamo=False, verbose=False)  # fmt: skip
+            except Exception:
+                buffer = io.BytesIO()
+                torch.onnx.export(model, example_inputs, buffer, input_names=names, dynamo=True, verbose=False)
+            return buffer.getvalue()
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise ModelError(f"expected a model that exports to ONNX, got {reason}") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def hollow(proto: Any) -> None:
+    """Replace, in place, the weights of an ONNX model by constants that the runtime fills in."""
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    graph = proto.graph
+    neutral = _neutral_values(graph)
+    kept, fills = [], []
+    for tensor in graph.initializer:
+        shape = list(tensor.dims)
+        if tensor.data_type != 1 or tensor.name not in neutral:
+            kept.append(tensor)
+            continue
+        sizes = numpy_helper.from_array(np.array(shape, np.int64), f"{tensor.name}/shape")
+        value = helper.make_tensor("value", 1, [1], [neutral[tensor.name]])
+        fills.append(helper.make_node("ConstantOfShape", [sizes.name], [tensor.name], value=value))
+        kept.append(sizes)
+    nodes = [*fills, *graph.node]
+    del graph.initializer[:]
+    del graph.node[:]
+    graph.initializer.extend(kept)
+    graph.node.extend(nodes)
+
+
+def _neutral_values(graph: Any) -> dict[str, float]:
+    """The constant that stands for each weight: one over the fan-in; zero biases; BatchNorms that do nothing."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    values: dict[str, float] = {}
+    for node in graph.node:
+        inputs = [name if name in shapes else None for name in node.input]
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            weight = inputs[1]
+            if weight is not None and len(shapes[weight]) >= 2:
+                shape = shapes[weight]
+                out_first = node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute)
+                fan_in = prod(shape[1:]) if out_first else prod(shape) // shape[-1]
+                values[weight] = 1 / max(1, fan_in)
+            if len(inputs) > 2 and inputs[2] is not None:
+                values[inputs[2]] = 0.0
+        elif node.op_type == "BatchNormalization":
+            values |= {name: v for name, v in zip(inputs[1:5], (1.0, 0.0, 0.0, 1.0), strict=True) if name is not None}
+    return values

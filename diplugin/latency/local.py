@@ -1,0 +1,169 @@
+"""Profiling this very machine, and timing a finished ONNX file on it, by the same protocol.
+
+`profile_here` probes the staircase first and lets the measured alignment thin the grid, times the unpruned net to
+foresee how long the rest takes, and thins further until it fits the time it was given.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError, TableError
+from ..network import NetworkTrace, trace_network
+from ..tables import Alignment, LatencyTable, Setting
+from . import device
+from .finish import finish, table_from_rows
+from .plan import (
+    QUICK, ProfilePlan, Protocol, call_graph, estimate_seconds, make_plan, net_graph, plan_probes, runtime_setting,
+)  # fmt: skip
+
+Progress = Callable[[int, int], None]
+POINTS = (8, 6, 4, 3)
+_PROVENANCE_PAUSE_S = 0.3
+
+
+def profile_here(
+    model: Any, example_inputs: tuple[Any, ...], *, trace: NetworkTrace | None = None, name: str = "this-machine",
+    threads: int = 1, budget_s: float = 120.0, points: int = 8, nets: int = 12, seed: int = 0,
+    protocol: Protocol | None = None, journal: str | Path | None = None, out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> LatencyTable:  # fmt: skip
+    """Measure every operator that a search on this model can ask for, on this machine, in ONNX Runtime.
+
+    Args:
+        model, example_inputs: the unpruned network and its positional inputs, a tuple.
+        trace: of them, if at hand.
+        name: of the table.
+        threads: of the runtime.
+        budget_s: aim to spend at most about this many seconds; the grid is thinned until it fits.
+        points: at most about this many widths a channel group.
+        nets: randomly pruned nets to time end to end for the calibration, at least 10.
+        protocol: rounds and runs; by default the thorough one if it fits the budget, else a quicker one.
+        journal: keep the journal here, and go on with it if it is there; a temporary file by default.
+        out: also write the table here.
+        progress: called with (jobs done, jobs in all).
+
+    Raises:
+        ModelError: the model cannot be traced or exported.
+        TableError: the journal belongs to other work.
+    """
+    trace = trace or trace_network(model, example_inputs)
+    setting = runtime_setting(threads)
+    alignment, net_ms = probe(model, example_inputs, trace, setting)
+    plan = fitting_plan(model, example_inputs, trace, setting, alignment, net_ms, name=name, budget_s=budget_s,
+                        points=points, nets=nets, seed=seed, protocol=protocol)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(journal) if journal is not None else Path(folder) / "journal.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run_plan(plan, path, progress)
+        table = finish(plan.plan, path)
+    table = replace(table, alignment=alignment)
+    if out is not None:
+        table.save(out)
+    return table
+
+
+def run_plan(bundle: Any, journal: Path, progress: Progress | None = None, runtime: Any = None) -> device.Journal:
+    """Time a bundle's jobs here, into a journal.
+
+    Raises:
+        TableError: the journal is damaged or of another plan, or the runtime is missing.
+    """
+    try:
+        return device.profile(bundle, str(journal), progress, _PROVENANCE_PAUSE_S, runtime)
+    except device.ProfileError as error:
+        raise TableError(str(error)) from None
+
+
+def probe(
+    model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, setting: Setting
+) -> tuple[Alignment, float]:
+    """The machine's alignment and the unpruned net's time in ms, in about two seconds."""
+    plan = ProfilePlan("probe", setting, QUICK)
+    plan.add("call", call_graph(), {})
+    plan_probes(plan, trace)
+    plan.add("net", net_graph(model, example_inputs), {"name": "unpruned", "keys": []})
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_plan(plan, Path(folder) / "probe.jsonl").rows
+    table = table_from_rows(plan.plan, rows, {})
+    return table.alignment, table.nets[0].measured_ms
+
+
+def fitting_plan(
+    model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, setting: Setting, alignment: Alignment,
+    net_ms: float, *, name: str, budget_s: float, points: int, nets: int, seed: int, protocol: Protocol | None,
+) -> ProfilePlan:  # fmt: skip
+    """The richest plan that should take no longer than `budget_s`; the poorest there is if none does."""
+    choices = [(count, chosen) for chosen in ([protocol] if protocol else [Protocol(), QUICK])
+               for count in POINTS if count <= points or count == POINTS[-1]]  # fmt: skip
+    plan = ProfilePlan(name, setting)
+    for count, chosen in choices:
+        plan = make_plan(model, example_inputs, trace, name=name, setting=setting, alignment=alignment, points=count,
+                         nets=0, seed=seed, protocol=chosen, probes=False)  # fmt: skip
+        plan.estimated_s = estimate_seconds(plan, trace, net_ms) + nets * chosen.rounds * chosen.runs * net_ms / 1e3
+        if plan.estimated_s <= budget_s:
+            break
+    from .plan import plan_nets
+
+    plan_nets(plan, model, example_inputs, trace, nets, seed)
+    return plan
+
+
+@dataclass(frozen=True)
+class OnnxTiming:
+    """A finished ONNX file, timed: `latency_ms` is the median that counts, both clocks are kept."""
+
+    latency_ms: float
+    cpu_ms: float
+    wall_ms: float
+    cv: float
+    peak_memory_mb: float = 0.0
+
+
+class _OneFile:
+    """A bundle of one finished ONNX file."""
+
+    def __init__(self, blob: bytes, plan: dict[str, Any]) -> None:
+        self._blob, self.plan = blob, plan
+
+    def blob(self, name: str) -> bytes:
+        return self._blob
+
+
+def measure_onnx(
+    path: str | Path, *, threads: int = 1, protocol: Protocol = Protocol(rounds=10, round_ms=60.0)
+) -> OnnxTiming:
+    """Time a finished ONNX file on this machine as the profiler times whole nets.
+
+    Args:
+        path: an ONNX file with its weights inside; symbolic dimensions run as 1.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load or run the file.
+    """
+    import onnxruntime
+
+    path = Path(path)
+    try:
+        blob = path.read_bytes()
+        session = onnxruntime.InferenceSession(blob, providers=["CPUExecutionProvider"])
+        inputs = [[x.name, [d if isinstance(d, int) else 1 for d in x.shape], _numpy_type(x.type)]
+                  for x in session.get_inputs()]  # fmt: skip
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(f"expected an ONNX file that loads, got {str(path)!r}: {reason}") from None
+    plan = ProfilePlan(path.stem, runtime_setting(threads), protocol)
+    plan.add("net", (blob, inputs), {"name": path.name, "keys": []})
+    with tempfile.TemporaryDirectory() as folder:
+        (row,) = run_plan(_OneFile(blob, plan.plan), Path(folder) / "net.jsonl").rows.values()
+    latency = row["cpu_ms"] if threads == 1 else row["wall_ms"]
+    return OnnxTiming(latency, row["cpu_ms"], row["wall_ms"], row["cv"])
+
+
+def _numpy_type(name: str) -> str:
+    kinds = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
+    return kinds.get(name) or name.removeprefix("tensor(").removesuffix(")")

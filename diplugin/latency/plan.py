@@ -1,0 +1,347 @@
+"""What to profile for one model: the exact operators that a search can ask for, and nets to calibrate on.
+
+A channel group gets a grid of widths; a layer needs the product of its two sides' grids; layers that look alike need
+it once. Beside them: the edges of their graphs, probes that show the device's staircase, the unpruned net and some
+randomly pruned ones end to end. All of it becomes one file that runs on the device by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import random
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..costs.arithmetic import layer_macs, macs
+from ..costs.latency import LayerSides, timed_layers
+from ..errors import TableError
+from ..groups import remove_channels
+from ..network import NetworkTrace
+from ..table_format import KEY_COLUMNS
+from ..tables import Alignment, OpKey, Setting
+from . import device
+from .graphs import call_graph, edge_graph, net_graph, operator_graph
+
+PROBE_WIDTHS = (16, 20, 24, 28, 29, 30, 31, 32, 36, 40, 44, 47, 48)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How each job is timed: `rounds` interleaved rounds of at most `runs` runs; a round lasts about `round_ms`.
+
+    `chunk` jobs are interleaved with each other; a slow graph runs at least `min_runs` times a round.
+    """
+
+    rounds: int = 10
+    runs: int = 20
+    min_runs: int = 3
+    round_ms: float = 30.0
+    warmup_ms: float = 20.0
+    chunk: int = 16
+
+
+QUICK = Protocol(rounds=7, runs=12, round_ms=8.0, warmup_ms=4.0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One graph to time. `kind` is "call", "edge", "probe", "entry" or "net"."""
+
+    id: str
+    kind: str
+    blob: str
+    inputs: tuple[Any, ...]
+    detail: Mapping[str, Any]
+
+    def document(self) -> dict[str, Any]:
+        return {"id": self.id, "kind": self.kind, "blob": self.blob, "inputs": list(self.inputs),
+                "detail": dict(self.detail)}  # fmt: skip
+
+
+@dataclass
+class ProfilePlan:
+    """Jobs with their graphs; a device file's `Bundle` in memory, or written as one that runs by itself.
+
+    Attributes:
+        name: becomes the table's name.
+        setting, protocol: how to run and time.
+        grid: widths per channel group that the plan covers.
+        estimated_s: how long the timing should take on a machine as fast as `rate` says; 0 if unknown.
+    """
+
+    name: str
+    setting: Setting
+    protocol: Protocol = Protocol()
+    jobs: list[Job] = field(default_factory=list)
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    grid: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    estimated_s: float = 0.0
+    _ids: set[str] = field(default_factory=set, repr=False)
+
+    def add(self, kind: str, graph: tuple[bytes, list[list[Any]]], detail: Mapping[str, Any]) -> None:
+        """Add a job once, however often it is asked for."""
+        blob, inputs = graph
+        name = hashlib.sha256(blob).hexdigest() + ".onnx"
+        identity = device.canonical({"blob": name, "kind": kind, "detail": dict(detail)})
+        job = Job(hashlib.sha256(identity.encode()).hexdigest()[:20], kind, name, tuple(inputs), dict(detail))
+        if job.id not in self._ids:
+            self._ids.add(job.id)
+            self.jobs.append(job)
+            self.blobs[name] = blob
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The plan as the device reads it."""
+        sentinel = next((job.id for job in self.jobs if job.kind in ("probe", "entry")), self.jobs[0].id)
+        document = {
+            "format": device.PLAN_FORMAT, "schema": device.SCHEMA, "name": self.name, "sentinel": sentinel,
+            "setting": asdict(self.setting), "protocol": asdict(self.protocol),
+            "grid": {name: list(widths) for name, widths in self.grid.items()},
+            "jobs": [job.document() for job in self.jobs],
+        }  # fmt: skip
+        return {**document, "sha256": device.plan_sha256(document)}
+
+    def blob(self, name: str) -> bytes:
+        return self.blobs[name]
+
+    def count(self, kind: str) -> int:
+        return sum(job.kind == kind for job in self.jobs)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the bundle: a zip that `python3 FILE` runs; needs numpy and the runtime there, nothing else."""
+        path = Path(path)
+        temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source = resources.files("diplugin.latency").joinpath("device.py").read_text(encoding="utf-8")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(b"#!/usr/bin/env python3\n")
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                    archive.writestr("__main__.py", source)
+                    archive.writestr("plan.json", device.canonical(self.plan))
+                    for name, blob in self.blobs.items():
+                        archive.writestr(f"blobs/{name}", blob)
+            os.chmod(temporary, 0o755)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+
+def runtime_setting(threads: int = 1, runtime: str = "onnxruntime", provider: str = "", level: str = "all") -> Setting:
+    """The setting of this machine's runtime.
+
+    Raises:
+        TableError: a number of threads that is not positive.
+    """
+    if threads < 1:
+        raise TableError(f"expected at least 1 thread, got {threads}")
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        return Setting(runtime, onnxruntime.__version__, provider or "CPUExecutionProvider", level, threads)
+    return Setting(runtime, "", provider, level, threads)
+
+
+# ------------------------------------------------------------------------------------------------ widths
+
+
+def width_grid(channels: int, alignment: Alignment, points: int = 8, blocks: int = 1) -> tuple[int, ...]:
+    """Widths to profile for a group: aligned, on the plateau's edges where the group is wide, at most ~`points`.
+
+    >>> width_grid(64, Alignment(4, 16)), width_grid(16, Alignment(4, 16))
+    ((16, 32, 48, 64), (4, 8, 12, 16))
+    """
+    step = alignment.plateau
+    while step > alignment.step and channels < 4 * step:
+        step = max(alignment.step, step // 2)
+    while channels > points * step:
+        step += alignment.plateau if step >= alignment.plateau else step
+    widths = {w for w in range(step, channels + 1, step) if w % blocks == 0}
+    return tuple(sorted(widths | {channels}))
+
+
+def group_grids(trace: NetworkTrace, alignment: Alignment, points: int = 8) -> dict[str, tuple[int, ...]]:
+    """The width grid of every prunable group."""
+    return {g.name: width_grid(g.channels, alignment, points, g.blocks) for g in trace.prunable}
+
+
+def random_widths(grid: Mapping[str, Sequence[int]], draw: random.Random) -> dict[str, int]:
+    """Widths of a random pruned net on the grid: around one density for the whole net, so that sizes spread out."""
+    density = draw.uniform(0.2, 1.0)
+
+    def pick(widths: Sequence[int]) -> int:
+        wanted = widths[-1] * min(1.0, max(0.0, density + draw.uniform(-0.25, 0.25)))
+        return min(widths, key=lambda w: abs(w - wanted))
+
+    return {group: pick(widths) for group, widths in grid.items()}
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+
+def layer_keys(layer: LayerSides, grid: Mapping[str, Sequence[int]], base: Mapping[str, int]) -> Iterator[OpKey]:
+    """Every key that a layer can have on the grid; sides that many groups share get a grid of their own."""
+    yield layer.key(base)
+    for inside in _side_widths(layer.inside, grid, base):
+        for outside in _side_widths(layer.outside, grid, base):
+            both = {**inside, **outside}
+            if all(outside[g] == inside[g] for g in set(inside) & set(outside)):
+                yield layer.key({**base, **both})
+
+
+def _side_widths(side: Any, grid: Mapping[str, Sequence[int]], base: Mapping[str, int]) -> list[dict[str, int]]:
+    """Assignments of the side's groups: one group over its grid, several of them all at the same density."""
+    groups = [group for group, _ in side.parts]
+    if len(groups) <= 1:
+        return [{group: width} for group in groups for width in grid[group]] or [{}]
+    longest = max(len(grid[group]) for group in groups)
+    return [{g: grid[g][max(0, (i + 1) * len(grid[g]) // longest - 1)] for g in groups} for i in range(longest)]
+
+
+def plan_entries(plan: ProfilePlan, trace: NetworkTrace, dtype: str = "float32", *, dense: bool = False) -> None:
+    """Add the entries and edges that the plan's grid asks for."""
+    keys: dict[OpKey, None] = {}
+    for layer in timed_layers(trace, dtype):
+        keys.update(dict.fromkeys(layer_keys(layer, plan.grid, trace.base_widths)))
+    add_entries(plan, keys, dense=dense)
+
+
+def add_entries(plan: ProfilePlan, keys: Iterable[OpKey], kind: str = "entry", *, dense: bool = False) -> None:
+    """Add operators and, where the runtime may reorder tensors, the edges of their graphs."""
+    keys = list(keys)
+    for key in keys:
+        plan.add(kind, operator_graph(key, dense=dense), {"key": key_row(key)})
+    if plan.setting.runtime != "onnxruntime":
+        return
+    for key in keys:
+        if key.op != "linear" and key.dtype == "float32":
+            for channels, size in ((key.cin, key.size), (key.cout, key.output_size)):
+                add_edge(plan, channels, size, key.batch)
+
+
+def add_edge(plan: ProfilePlan, channels: int, size: tuple[int, ...], batch: int) -> None:
+    for repeats in (1, 2):
+        plan.add("edge", edge_graph(channels, size, batch, repeats),
+                 {"channels": channels, "size": list(size), "batch": batch, "repeats": repeats})  # fmt: skip
+
+
+def key_row(key: OpKey) -> list[Any]:
+    """A key as JSON types, in the order of the table's columns."""
+    return [list(v) if isinstance(v, tuple) else v for v in (getattr(key, name) for name in KEY_COLUMNS)]
+
+
+def plan_probes(plan: ProfilePlan, trace: NetworkTrace) -> None:
+    """Add staircases: one dense convolution over its outputs, one over its inputs, one depthwise, as the net has."""
+    layers = [layer for layer in trace.layers if layer.op == "conv"]
+    dense = next((x for x in layers if x.groups == 1 and min(x.in_channels, x.out_channels) >= 8), None)
+    depthwise = next((x for x in layers if x.depthwise), None)
+    keys: list[OpKey] = []
+    for width in PROBE_WIDTHS:
+        if dense is not None:
+            keys += [_probe_key(dense, 32, width, 1), _probe_key(dense, width, 32, 1)]
+        if depthwise is not None:
+            keys.append(_probe_key(depthwise, width, width, width))
+    add_entries(plan, keys, "probe")
+
+
+def _probe_key(layer: Any, cin: int, cout: int, groups: int) -> OpKey:
+    size = tuple(min(16, side) for side in layer.input_shape[2:])
+    kernel = tuple(min(k, side) for k, side in zip(layer.kernel, size, strict=True))
+    ones = (1,) * len(size)
+    return OpKey("conv", cin, cout, kernel, ones, tuple(k // 2 for k in kernel), ones, groups, size,
+                 layer.activation or "", layer.input_shape[0])  # fmt: skip
+
+
+def plan_nets(
+    plan: ProfilePlan, model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, nets: int,
+    seed: int = 0, dtype: str = "float32", *, dense: bool = False,
+) -> None:  # fmt: skip
+    """Add the unpruned net and `nets` randomly pruned ones, physically pruned copies, end to end."""
+    draw = random.Random(seed)
+    layers = timed_layers(trace, dtype)
+    base = trace.base_widths
+    for number in range(nets + 1):
+        widths = random_widths(plan.grid, draw) if number else dict(base)
+        pruned = model if not number else prune_to(model, example_inputs, trace, widths)
+        detail = {"name": f"random-{number}" if number else "unpruned",
+                  "keys": [key_row(layer.key(widths)) for layer in layers]}  # fmt: skip
+        plan.add("net", net_graph(pruned, example_inputs, dense=dense), detail)
+
+
+def prune_to(
+    model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, widths: Mapping[str, int]
+) -> Any:
+    """A copy of the model with the last channels of every group cut off down to `widths`: for timing only."""
+    removed: dict[str, list[int]] = {}
+    for group in trace.prunable:
+        per_block, keep = group.units, widths[group.name] // group.blocks
+        removed[group.name] = [b * per_block + u for b in range(group.blocks) for u in range(keep, per_block)]
+    return remove_channels(copy.deepcopy(model), example_inputs, removed)
+
+
+def make_plan(
+    model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, *, name: str, setting: Setting,
+    alignment: Alignment = Alignment(8, 8), points: int = 8, nets: int = 12, seed: int = 0,
+    protocol: Protocol = Protocol(), dtype: str = "float32", probes: bool = True,
+) -> ProfilePlan:  # fmt: skip
+    """Everything that a latency budget on this model needs measured.
+
+    Args:
+        model, example_inputs, trace: the unpruned network, as traced.
+        name: of the table to come.
+        setting: runtime and threads to measure under.
+        alignment: steps of the width grid; 8 suits most, a measured one is better.
+        points: at most about this many widths a group; fewer make a shorter plan.
+        nets: randomly pruned nets to time end to end, at least 10 for a calibration.
+        dtype: "float32" or "int8".
+
+    Raises:
+        ModelError: the model cannot be exported or has no layer that can be timed.
+    """
+    plan = ProfilePlan(name, setting, protocol)
+    dense = setting.runtime == "trtexec"
+    plan.add("call", call_graph(), {})
+    plan.grid = group_grids(trace, alignment, points)
+    if probes and dtype == "float32":
+        plan_probes(plan, trace)
+    plan_entries(plan, trace, dtype, dense=dense)
+    if nets and dtype == "float32":
+        plan_nets(plan, model, example_inputs, trace, nets, seed, dtype, dense=dense)
+    return plan
+
+
+def estimate_seconds(plan: ProfilePlan, trace: NetworkTrace, net_ms: float) -> float:
+    """How long a plan takes on a device where the unpruned net takes `net_ms`: by MACs, with what a job costs besides."""
+    rate = net_ms / max(1.0, macs(trace).base)
+    protocol = plan.protocol
+    total = 0.0
+    for job in plan.jobs:
+        ms = 0.02 + rate * sum(key_macs(row) for row in _job_keys(job))
+        runs = max(protocol.min_runs, min(protocol.runs, protocol.round_ms / ms))
+        total += protocol.rounds * runs * ms + min(5 * ms, protocol.warmup_ms) + 2 * ms + 3.0
+    return total / 1e3
+
+
+def _job_keys(job: Job) -> list[list[Any]]:
+    return [job.detail["key"]] if "key" in job.detail else job.detail.get("keys", [])
+
+
+def key_macs(row: Sequence[Any]) -> float:
+    """Multiply-accumulates of an operator given as a key row."""
+    key = OpKey(*(tuple(v) if isinstance(v, list) else v for v in row))
+    pixels = 1
+    for side in key.size if key.op == "conv_transpose" else key.output_size:
+        pixels *= side
+    for side in key.kernel:
+        pixels *= side
+    return float(key.batch * pixels * key.cin * key.cout // key.groups)
+
+
+__all__ = ["Job", "ProfilePlan", "Protocol", "layer_macs", "make_plan", "width_grid"]
