@@ -1,0 +1,78 @@
+"""BatchNorm recalibration: new running statistics for a network whose channels are gone.
+
+Without it every criterion looks alike at half the MACs: the statistics still describe sums over channels that no
+longer exist. No gradient is needed, a few hundred training images are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DataError
+from ..features import Forward, chunks, device_of, forward_inputs, to_device
+
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+def recalibrate_batchnorm(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    images: int = 2000,
+    forward: Forward = forward_inputs,
+    chunk_size: int = 250,
+) -> nn.Module:
+    """Replace the running statistics of every BatchNorm by averages over training images, in place.
+
+    Only BatchNorms run in training mode (dropout stays off); all modes are as before afterwards. A model without
+    BatchNorm is left alone and the data is not read.
+
+    Args:
+        loader: batches of training data; labels are not used.
+        images: stop after this many.
+        forward: how a batch is run.
+
+    Raises:
+        DataError: the loader yields nothing, or a batch of one image only.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BATCH_NORM) and m.track_running_stats]
+    if not norms:
+        return model
+    modes = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    before = {norm: {k: v.clone() for k, v in norm.state_dict().items()} for norm in norms}
+    seen = 0
+    try:
+        model.eval()
+        for norm in norms:
+            norm.train()
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over chunks
+        with torch.no_grad():
+            for batch in chunks(loader, chunk_size):
+                count = _images_in(batch)
+                if count < 2:
+                    continue
+                forward(model, to_device(batch, device_of(model)))
+                seen += count
+                if seen >= images:
+                    break
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+            if not seen:
+                norm.load_state_dict(before[norm])
+        for module, training in modes.items():
+            module.training = training
+    if not seen:
+        raise DataError("expected batches of two images or more to recalibrate BatchNorm, got none")
+    return model
+
+
+def _images_in(batch: Any) -> int:
+    leaves = torch.utils._pytree.tree_leaves(batch)
+    return next((len(x) for x in leaves if isinstance(x, torch.Tensor) and x.ndim), 0)

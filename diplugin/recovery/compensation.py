@@ -1,0 +1,183 @@
+"""Compensation: the channels that stay take over what those that go had to say (our addition to the method).
+
+Every layer that reads removed channels is rewritten before surgery. With G the second moments of its input channels,
+pixel by pixel, the removed channels are regressed on the kept ones,
+
+    x_R ≈ B x_K,   B = G_RK (G_KK + λI)⁻¹,
+
+and the columns of the layer's weight that read R are folded into those that read K: W_K += W_R B. Where the layer has
+a bias, or a BatchNorm behind it that is recalibrated anyway, the regression has an intercept, which goes into the bias
+or is left to the BatchNorm; elsewhere no bias may appear that a fresh model would not have, and the regression goes
+through the origin. One pass over a few hundred images, no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError
+from ..features import Forward, chunks, device_of, forward_inputs, to_device
+from ..network import NetworkTrace
+from ..plan import PruningPlan
+
+_MAX_CHANNELS = 4096
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A layer that reads removed channels: which columns stay and which go."""
+
+    name: str
+    kept: Tensor
+    gone: Tensor
+
+
+class _Moments:
+    """Second moments and means of one layer's input channels, pixel by pixel, in float64."""
+
+    def __init__(self, channels: int) -> None:
+        self.gram = torch.zeros(channels, channels, dtype=torch.float64)
+        self.total = torch.zeros(channels, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, x: Tensor, channel_dim: int) -> None:
+        flat = x.detach().movedim(channel_dim, -1).flatten(0, -2).float()
+        self.gram += (flat.T @ flat).double().cpu()
+        self.total += flat.sum(0).double().cpu()
+        self.count += len(flat)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.count
+
+    def second(self, centred: bool) -> Tensor:
+        second = self.gram / self.count
+        return second - torch.outer(self.mean, self.mean) if centred else second
+
+
+def compensate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    trace: NetworkTrace,
+    plan: PruningPlan,
+    *,
+    images: int = 1000,
+    strength: float = 1e-3,
+    forward: Forward = forward_inputs,
+) -> tuple[str, ...]:
+    """Fold removed channels into the weights that read the kept ones, in place, before `apply_plan`.
+
+    Args:
+        model: the unpruned network.
+        loader: batches of training data; labels are not used.
+        plan: what will be removed.
+        images: how many images the moments are taken from.
+        strength: λ as a fraction of the kept channels' mean second moment.
+
+    Returns:
+        Names of the layers that were rewritten. Depthwise and grouped convolutions are passed over (their outputs read
+        one block only), and so are inputs of more than 4,096 channels.
+
+    Raises:
+        DataError: the loader yields nothing, or features that are not finite.
+    """
+    readers = _readers(model, trace, plan)
+    moments = _input_moments(model, loader, readers, images, forward)
+    modules = dict(model.named_modules())
+    followed = _followed_by_norm(trace)
+    done = []
+    for reader in readers:
+        if moments[reader.name].count:
+            module = modules[reader.name]
+            _fold(module, reader, moments[reader.name], strength, reader.name in followed)
+            done.append(reader.name)
+    return tuple(done)
+
+
+def _readers(model: nn.Module, trace: NetworkTrace, plan: PruningPlan) -> list[_Reader]:
+    removed = plan.removed
+    gone: dict[str, set[int]] = {}
+    for group in trace.prunable:
+        lost = set(removed.get(group.name, ()))
+        for m in group.side("in"):
+            columns = {c for c, r in zip(m.channels, m.roots, strict=True) if r in lost}
+            gone.setdefault(m.layer, set()).update(columns)
+    readers = []
+    for name, columns in gone.items():
+        module: Any = model.get_submodule(name)
+        width = getattr(module, "in_channels", None) or getattr(module, "in_features", 0)
+        if columns and getattr(module, "groups", 1) == 1 and width <= _MAX_CHANNELS and len(columns) < width:
+            kept = [c for c in range(width) if c not in columns]
+            readers.append(_Reader(name, torch.tensor(kept), torch.tensor(sorted(columns))))
+    return readers
+
+
+def _input_moments(
+    model: nn.Module, loader: Iterable[Any], readers: Sequence[_Reader], images: int, forward: Forward
+) -> dict[str, _Moments]:
+    moments = {r.name: _Moments(len(r.kept) + len(r.gone)) for r in readers}
+    handles = []
+    modes = {module: module.training for module in model.modules()}
+
+    def watch(name: str, module: nn.Module) -> None:
+        channel_dim = -1 if isinstance(module, nn.Linear) else 1
+        handles.append(module.register_forward_pre_hook(lambda _, args: moments[name].add(args[0], channel_dim)))
+
+    try:
+        for reader in readers:
+            watch(reader.name, model.get_submodule(reader.name))
+        model.eval()
+        seen = 0
+        with torch.no_grad():
+            for batch in chunks(loader) if readers else ():
+                forward(model, to_device(batch, device_of(model)))
+                seen += next(len(x) for x in torch.utils._pytree.tree_leaves(batch) if isinstance(x, Tensor))
+                if seen >= images:
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    if readers and not seen:
+        raise DataError("expected a loader that yields batches to compensate with, got an empty one")
+    if not all(torch.isfinite(m.gram).all() for m in moments.values()):
+        raise DataError("expected finite feature maps to compensate with, got NaN or infinity")
+    return moments
+
+
+def _followed_by_norm(trace: NetworkTrace) -> set[str]:
+    """Layers whose output a BatchNorm of the same group normalises: the call right behind them."""
+    calls = trace.layers
+    return {a.name for a, b in zip(calls, calls[1:], strict=False)
+            if a.op != "norm" and b.op == "norm" and b.input_shape == a.output_shape}  # fmt: skip
+
+
+@torch.no_grad()
+def _fold(module: Any, reader: _Reader, moments: _Moments, strength: float, normalised: bool) -> None:
+    centred = module.bias is not None or normalised
+    second = moments.second(centred)
+    kept, gone = reader.kept, reader.gone
+    inner = second[kept][:, kept]
+    ridge = strength * inner.diagonal().mean().clamp(min=1e-12)
+    coefficients = torch.linalg.solve(inner + ridge * torch.eye(len(kept), dtype=inner.dtype), second[kept][:, gone])
+    weight = _columns_first(module).double().cpu()
+    lost = weight[gone].flatten(1)
+    weight[kept] += (coefficients @ lost).view_as(weight[kept])
+    _columns_first(module).copy_(weight)
+    if module.bias is not None and centred:
+        rest = moments.mean[gone] - moments.mean[kept] @ coefficients
+        # A constant reaches every output pixel through the whole window (borders apart).
+        per_output = (rest @ lost).view(weight.shape[1:]).flatten(1).sum(1)
+        module.bias.add_(per_output.to(module.bias))
+
+
+def _columns_first(module: Any) -> Tensor:
+    """The weight viewed as [in, out, window...]."""
+    weight = module.weight.data
+    return weight if isinstance(module, nn.modules.conv._ConvTransposeNd) else weight.transpose(0, 1)

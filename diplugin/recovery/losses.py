@@ -1,0 +1,25 @@
+"""What the smaller network is trained towards: the labels, and what the unpruned network says."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def label_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy for class ids [N], binary cross-entropy for 0/1 targets [N, L], squared error for real ones."""
+    if labels.ndim == 1 or labels.shape != logits.shape:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    if bool(((labels == 0) | (labels == 1)).all()):
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    return F.mse_loss(logits, labels.to(logits.dtype))
+
+
+def teacher_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+    """Kullback-Leibler divergence of softened outputs, times temperature² so that its gradient keeps its size.
+
+    Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015.
+    """
+    student = F.log_softmax(logits / temperature, dim=-1)
+    target = F.log_softmax(teacher_logits / temperature, dim=-1)
+    return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2

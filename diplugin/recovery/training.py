@@ -1,0 +1,209 @@
+"""Fine-tuning of a pruned network, with or without the unpruned one as teacher.
+
+`FineTuning` and `Distillation` are settings; `train` is the one loop. It is deterministic: every epoch seeds its own
+shuffling, and the state after each epoch (weights, momenta, schedule) can be saved and loaded, so a run that was
+killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import DataError, UserError
+from ..features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
+from .losses import label_loss, teacher_loss
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Plain fine-tuning: SGD with Nesterov momentum, a short warm-up, then a cosine to zero.
+
+    Attributes:
+        epochs: passes over the training data.
+        lr: peak learning rate.
+    """
+
+    epochs: int = 10
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    smoothing: float = 0.0
+    warm_up: float = 0.05
+    teacher_weight: float = field(default=0.0, init=False)
+    temperature: float = field(default=4.0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or not self.lr > 0:
+            raise UserError(f"expected epochs of 1 or more and a positive lr, got {self.epochs} and {self.lr}")
+
+
+@dataclass(frozen=True)
+class Distillation(FineTuning):
+    """Fine-tuning with the unpruned network as teacher.
+
+    Attributes:
+        teacher_weight: share of the teacher's loss, the labels' loss has the rest.
+        temperature: softens both networks' outputs.
+    """
+
+    teacher_weight: float = 0.7
+    temperature: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.teacher_weight <= 1 or not self.temperature > 0:
+            raise UserError("expected teacher_weight in [0, 1] and a positive temperature")
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What `train` tells after each epoch."""
+
+    epoch: int
+    epochs: int
+    loss: float
+
+
+def train(
+    model: nn.Module,
+    loader: Iterable[Any],
+    settings: FineTuning,
+    *,
+    teacher: nn.Module | None = None,
+    seed: int = 0,
+    get_labels: GetLabels = labels_of,
+    forward: Forward = forward_inputs,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[EpochReport], None] | None = None,
+) -> nn.Module:
+    """Train the model in place and return it, in the mode it came in.
+
+    Args:
+        loader: batches of training data, iterated once an epoch; it must have a length.
+        teacher: the unpruned network, never changed; needed where `settings.teacher_weight` is not 0.
+        seed: with the epoch, seeds torch's generator before every epoch.
+        checkpoint: safetensors file written after every epoch, and taken up from where it exists.
+
+    Raises:
+        DataError: no batches, or a loss that is not finite.
+    """
+    steps = _length(loader)
+    optimizer = torch.optim.SGD(_groups(model, settings.weight_decay), lr=settings.lr, momentum=settings.momentum,
+                                nesterov=True)  # fmt: skip
+    total = settings.epochs * steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, total, settings.warm_up))
+    start = _load_state(checkpoint, model, optimizer, schedule, steps)
+    modes = {module: module.training for module in model.modules()}
+    guide = teacher if settings.teacher_weight else None
+    try:
+        for epoch in range(start, settings.epochs):
+            torch.manual_seed(seed * 100_003 + epoch)
+            model.train()
+            losses = [
+                _step(model, batch, optimizer, schedule, settings, guide, get_labels, forward) for batch in loader
+            ]
+            loss = sum(losses) / max(1, len(losses))
+            if not math.isfinite(loss):
+                raise DataError(f"training diverged in epoch {epoch + 1} (loss {loss}); lower the learning rate")
+            _save_state(checkpoint, model, optimizer, epoch + 1)
+            if on_epoch:
+                on_epoch(EpochReport(epoch + 1, settings.epochs, loss))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return model
+
+
+def _length(loader: Iterable[Any]) -> int:
+    try:
+        steps = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        raise DataError("expected a training loader with a length, such as a DataLoader") from None
+    if steps == 0:
+        raise DataError("expected a training loader that yields batches, got an empty one")
+    return steps
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """No decay on biases and normalisation."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _lr_factor(step: int, total: int, warm_up: float) -> float:
+    first = max(1, int(warm_up * total))
+    if step < first:
+        return (step + 1) / first
+    return 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, total - first)))
+
+
+def _step(
+    model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer, schedule: Any, settings: FineTuning,
+    teacher: nn.Module | None, get_labels: GetLabels, forward: Forward,
+) -> float:  # fmt: skip
+    batch = to_device(batch, device_of(model))
+    labels = get_labels(batch)
+    if len(labels) < 2:
+        return 0.0  # BatchNorm cannot train on one image
+    logits = forward(model, batch)
+    loss = (1 - settings.teacher_weight if teacher is not None else 1.0) * label_loss(
+        logits, labels, settings.smoothing
+    )
+    if teacher is not None:
+        loss = loss + settings.teacher_weight * teacher_loss(logits, _ask(teacher, batch, forward),
+                                                             settings.temperature)  # fmt: skip
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    schedule.step()
+    return float(loss.detach())
+
+
+def _ask(teacher: nn.Module, batch: Any, forward: Forward) -> Tensor:
+    teacher.eval()
+    with torch.no_grad():
+        return forward(teacher, batch)
+
+
+def _save_state(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    if path is None:
+        return
+    state = {f"model.{k}": v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if momentum is not None:
+            state[f"momentum.{i}"] = momentum.detach().cpu().contiguous().clone()
+    partial = path.with_suffix(".partial")
+    save_file(state, partial, metadata={"epoch": str(epoch)})
+    partial.replace(path)
+
+
+def _load_state(
+    path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, steps: int
+) -> int:
+    """The epoch to go on with."""
+    if path is None or not path.exists():
+        return 0
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        epoch = int((file.metadata() or {}).get("epoch", 0))
+    state = load_file(path)
+    model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if f"momentum.{i}" in state:
+            optimizer.state[parameter]["momentum_buffer"] = state[f"momentum.{i}"].to(parameter)
+    for _ in range(epoch * steps):
+        schedule.step()
+    return epoch
