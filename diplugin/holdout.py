@@ -1,0 +1,97 @@
+"""A holdout of the training data, so that no choice is ever made on test images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from .errors import DataError
+
+_LARGEST = 5000
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training data in two parts, and a third view of the first.
+
+    Attributes:
+        scoring: the training part in one fixed, mixed order, for scores, statistics and moments.
+        training: the training part, shuffled anew every epoch.
+        holdout: what choices are judged on.
+        sizes: images in (training, holdout).
+    """
+
+    scoring: Iterable[Any]
+    training: Iterable[Any]
+    holdout: Iterable[Any]
+    sizes: tuple[int, int]
+
+
+def split_holdout(loader: Iterable[Any], fraction: float = 0.1, seed: int = 0) -> Split:
+    """Set a seeded random fraction of the data aside (5,000 images at most).
+
+    A DataLoader over a map-style dataset is split image by image and its batch size, collation and workers are kept;
+    anything else is read once into memory and split image by image too.
+
+    Raises:
+        DataError: fewer than four images, or batches that are not tensors of one length.
+    """
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_size:
+        return _split_dataset(loader, fraction, seed)
+    batches = list(loader)
+    if not batches:
+        raise DataError("expected a loader that yields batches, got an empty one")
+    try:
+        joined = pytree.tree_map(lambda *xs: torch.cat(xs), *batches)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"expected batches of tensors of one shape, or a DataLoader to split: {error}") from error
+    images = len(next(x for x in pytree.tree_leaves(joined) if isinstance(x, Tensor)))
+    first, second = _parts(images, fraction, seed)
+    size = len(next(x for x in pytree.tree_leaves(batches[0]) if isinstance(x, Tensor)))
+
+    def view(ids: Tensor, shuffle: bool = False) -> _Batches:
+        return _Batches(pytree.tree_map(lambda x: x[ids], joined), len(ids), size, shuffle)
+
+    return Split(view(first), view(first, shuffle=True), view(second), (len(first), len(second)))
+
+
+def _split_dataset(loader: DataLoader[Any], fraction: float, seed: int) -> Split:
+    dataset: Any = loader.dataset
+    first, second = _parts(len(dataset), fraction, seed)
+
+    def view(ids: Tensor, shuffle: bool = False) -> DataLoader[Any]:
+        return DataLoader(
+            Subset(dataset, ids.tolist()), batch_size=loader.batch_size, shuffle=shuffle,
+            collate_fn=loader.collate_fn, num_workers=loader.num_workers, pin_memory=loader.pin_memory,
+        )  # fmt: skip
+
+    return Split(view(first), view(first, shuffle=True), view(second), (len(first), len(second)))
+
+
+def _parts(images: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    held = min(_LARGEST, max(1, round(images * fraction)))
+    if images < 4 or not 0 < fraction < 1:
+        raise DataError(f"expected four images or more to set some aside, got {images}")
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    return order[held:], order[:held].sort().values
+
+
+class _Batches:
+    """Batches of tensors that are held in memory."""
+
+    def __init__(self, data: Any, images: int, size: int, shuffle: bool) -> None:
+        self._data, self._images, self._size, self._shuffle = data, images, size, shuffle
+
+    def __len__(self) -> int:
+        return -(-self._images // self._size)
+
+    def __iter__(self) -> Any:
+        order = torch.randperm(self._images) if self._shuffle else torch.arange(self._images)
+        for ids in order.split(self._size):
+            yield pytree.tree_map(lambda x, ids=ids: x[ids], self._data)

@@ -1,0 +1,122 @@
+"""The run folder: everything a run leaves behind, written so that a killed run is never taken for a whole one.
+
+    config.json          what was asked for                 first
+    scores.json          DI per group and channel
+    plan.json            the pruning plan
+    weights.safetensors  the pruned network's weights
+    model.onnx           the same, for a runtime
+    metrics.json         figures of every stage             last but one
+    report.html          all of it for a person             last
+    log.txt              what happened when
+    stages/              checkpoints, gone once the run is whole
+
+Every file appears under its name only when it is complete. A run is whole when `metrics.json` is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import PlanError
+
+CONFIG, SCORES, METRICS, REPORT, LOG = "config.json", "scores.json", "metrics.json", "report.html", "log.txt"
+ONNX = "model.onnx"
+STAGES = "stages"
+
+
+class RunFolder:
+    """A folder that belongs to one run.
+
+    Raises:
+        PlanError: the folder holds something already and `resume` was not asked for, or holds another run's settings.
+    """
+
+    def __init__(self, path: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
+        self.path = Path(path)
+        self._fresh = not self.path.exists()
+        try:
+            held = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlanError(f"expected a folder that can be made at {path}, got {error}") from error
+        if held and not resume:
+            raise PlanError(f"expected an empty folder, {self.path} holds {held[0]}; choose another, or --resume")
+        if resume and (self.path / CONFIG).exists():
+            self._check_same(config)
+        elif held:
+            raise PlanError(f"expected a run to resume in {self.path}, it holds no {CONFIG}")
+        (self.path / STAGES).mkdir(exist_ok=True)
+        self.write_json(CONFIG, config)
+
+    def _check_same(self, config: Mapping[str, Any]) -> None:
+        before = read_json(self.path / CONFIG)
+        now = json.loads(json.dumps(config))
+        differing = [k for k in {**before, **now} if before.get(k) != now.get(k) and k != "versions"]
+        if differing:
+            raise PlanError(
+                f"expected the settings of the run to resume, {differing[0]!r} was {before.get(differing[0])!r} "
+                f"and is {now.get(differing[0])!r}; use another folder"
+            )
+
+    @property
+    def whole(self) -> bool:
+        return (self.path / METRICS).exists()
+
+    def stage(self, name: str) -> Path:
+        """Where a stage keeps its checkpoint."""
+        return self.path / STAGES / name
+
+    def write_json(self, name: str, data: Any) -> None:
+        """Write atomically; numbers must be finite."""
+        target = self.path / name
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
+        os.replace(partial, target)
+
+    def log(self, line: str) -> None:
+        """Add a line with the time to log.txt."""
+        with (self.path / LOG).open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def finish(self) -> None:
+        """Remove the checkpoints of a run that is whole."""
+        shutil.rmtree(self.path / STAGES, ignore_errors=True)
+
+    def abandon(self) -> None:
+        """Leave nothing of a run that never got to a plan."""
+        if (self.path / "plan.json").exists():
+            return
+        for name in (CONFIG, LOG, SCORES):
+            (self.path / name).unlink(missing_ok=True)
+        self.finish()
+        if self._fresh and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        PlanError: no such file, or no JSON object in it.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PlanError(f"expected a JSON object at {path}, got {error}") from error
+    if not isinstance(data, dict):
+        raise PlanError(f"expected a JSON object at {path}, got a {type(data).__name__}")
+    return data
+
+
+def next_numbered(parent: str | Path, stem: str) -> Path:
+    """The first folder `parent/stem-1`, `stem-2`, … that does not exist."""
+    number = 1
+    while (Path(parent) / f"{stem}-{number}").exists():
+        number += 1
+    return Path(parent) / f"{stem}-{number}"

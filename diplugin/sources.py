@@ -1,0 +1,266 @@
+"""What the command line names: models and data.
+
+Models: `package.module:callable` (called without arguments), `torchvision:resnet18`, `timm:resnet18`.
+Data: `digits`, `cifar10:FOLDER` (train.npz and test.npz with x [N,H,W,3] uint8 and y [N]), `fashion-mnist:FOLDER`
+(the four idx.gz files), `imagefolder:FOLDER` (FOLDER/class/image, or FOLDER/train and FOLDER/test of that form), or
+`package.module:callable`, which returns a `DataSource` or a DataLoader of (inputs, labels).
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from .errors import DataError, MissingExtraError, ModelError
+from .groups import first_line
+from .surgery import load_weights, read_weights
+
+Augment = Callable[[Tensor], Tensor]
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_FASHION = ((0.2860,), (0.3530,))
+_IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm"}
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Training data, test data if there is any, and how training images may be varied.
+
+    `train` keeps the data's own order; whoever trains on it shuffles.
+    """
+
+    name: str
+    train: DataLoader[Any]
+    test: DataLoader[Any] | None = None
+    augment: Augment | None = None
+
+
+class Images(Dataset[tuple[Tensor, Tensor]]):
+    """Images in memory as uint8 [N, C, H, W]; normalised when they are read."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.x, self.y = torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64))
+        self._mean, self._std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return (self.x[index].float() / 255 - self._mean) / self._std, self.y[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        x = (self.x[list(indices)].float() / 255 - self._mean) / self._std
+        return list(zip(x, self.y[list(indices)], strict=True))
+
+
+class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
+    """FOLDER/class/image files, read when asked for and resized to the model's input."""
+
+    def __init__(self, folder: Path, size: tuple[int, int], classes: Sequence[str]) -> None:
+        self._size = size
+        ids = {name: i for i, name in enumerate(classes)}
+        self._files = [(path, ids[path.parent.name]) for name in classes for path in sorted((folder / name).iterdir())
+                       if path.suffix.lower() in _IMAGE_ENDINGS]  # fmt: skip
+        if not self._files:
+            raise DataError(f"expected images under {folder}/CLASS/, found none ({', '.join(sorted(_IMAGE_ENDINGS))})")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        from PIL import Image, UnidentifiedImageError
+
+        path, label = self._files[index]
+        try:
+            with Image.open(path) as file:
+                pixels = np.asarray(file.convert("RGB").resize(self._size[::-1], Image.Resampling.BILINEAR))
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise DataError(f"expected an image at {path}, got {first_line(error)}") from error
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in _IMAGENET)
+        x = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+        return (x - mean) / std, torch.tensor(label)
+
+
+def flip_and_shift(x: Tensor, pad: int = 4) -> Tensor:
+    """Random horizontal flips and shifts by up to `pad` pixels, one draw an image; [N, C, H, W]."""
+    images, _, height, width = x.shape
+    flips = torch.rand(images) < 0.5
+    x = torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x)
+    padded = torch.nn.functional.pad(x, (pad,) * 4)
+    top, left = torch.randint(0, 2 * pad + 1, (2, images))
+    rows = (top[:, None] + torch.arange(height))[:, None, :, None]
+    columns = (left[:, None] + torch.arange(width))[:, None, None, :]
+    return padded[torch.arange(images)[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None], rows, columns]
+
+
+def load_data(spec: str, *, example_shape: Sequence[int] | None = None, batch_size: int = 128) -> DataSource:
+    """The data that a specification names.
+
+    Args:
+        example_shape: of the model's input; image folders are resized to its last two numbers.
+
+    Raises:
+        DataError: an unknown name, missing or broken files, or no images.
+    """
+    kind, _, place = spec.partition(":")
+    if kind == "digits" and not place:
+        return _digits(batch_size)
+    if kind in ("cifar10", "fashion-mnist", "imagefolder"):
+        if not place:
+            raise DataError(f"expected a folder after {kind}:, got {spec!r}")
+        folder = Path(place)
+        if not folder.is_dir():
+            raise DataError(f"expected a folder at {folder}, there is none")
+        if kind == "cifar10":
+            return _cifar10(folder, batch_size)
+        if kind == "fashion-mnist":
+            return _fashion_mnist(folder, batch_size)
+        return _image_folder(folder, tuple(example_shape or (1, 3, 224, 224))[-2:], batch_size)
+    if not place:
+        raise DataError(f"expected data as digits, cifar10:DIR, fashion-mnist:DIR, imagefolder:DIR or "
+                        f"package.module:callable, got {spec!r}")  # fmt: skip
+    found = _call(spec, DataError)
+    if isinstance(found, DataSource):
+        return found
+    if isinstance(found, DataLoader):
+        return DataSource(spec, found)
+    raise DataError(f"expected {spec} to return a DataLoader or a DataSource, got {type(found).__name__}")
+
+
+def load_model(spec: str, weights: str | Path | None = None) -> nn.Module:
+    """The model that a specification names, with weights from a safetensors file if one is given.
+
+    Raises:
+        ModelError: no such callable, one that raises, or one that returns no module.
+        PlanError: weights that do not fit.
+    """
+    kind, colon, name = spec.partition(":")
+    if not colon or not name:
+        raise ModelError(f"expected a model as package.module:callable, torchvision:NAME or timm:NAME, got {spec!r}")
+    if kind in ("torchvision", "timm"):
+        model = _zoo_model(kind, name)
+    else:
+        model = _call(spec, ModelError)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected {spec} to return a torch.nn.Module, got {type(model).__name__}")
+    if weights is not None:
+        load_weights(model, read_weights(weights), str(weights))
+    return model
+
+
+def _zoo_model(kind: str, name: str) -> Any:
+    try:
+        zoo = importlib.import_module("torchvision.models" if kind == "torchvision" else "timm")
+    except (ImportError, RuntimeError) as error:
+        raise MissingExtraError(f"expected {kind} to be installed for {kind}:{name}, got {first_line(error)}") from error
+    try:
+        return zoo.get_model(name, weights=None) if kind == "torchvision" else zoo.create_model(name)
+    except Exception as error:
+        raise ModelError(f"expected a model of {kind}, {name!r} gave {first_line(error)}") from error
+
+
+def _call(spec: str, kind: type[DataError] | type[ModelError]) -> Any:
+    """Import and call `package.module:callable`; the working folder counts as a place to import from."""
+    module_name, _, name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        target: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise kind(f"expected a module {module_name!r} that imports, got {type(error).__name__}: {first_line(error)}"
+                   ) from error  # fmt: skip
+    for part in name.split("."):
+        target = getattr(target, part, None)
+    if not callable(target):
+        raise kind(f"expected a callable {name!r} in {module_name}, found {type(target).__name__}")
+    try:
+        return target()
+    except Exception as error:
+        raise kind(f"expected {spec}() to return, it raised {type(error).__name__}: {first_line(error)}") from error
+
+
+def _loader(dataset: Dataset[Any], batch_size: int) -> DataLoader[Any]:
+    return DataLoader(dataset, batch_size=batch_size)
+
+
+def _digits(batch_size: int) -> DataSource:
+    """scikit-learn's 1,797 digits as 16 x 16 images, every fifth one for testing."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = torch.from_numpy(digits.images)[:, None].float()
+    images = torch.nn.functional.interpolate(small, size=(16, 16), mode="bilinear", align_corners=False)
+    x = (images * (255 / 16)).round().clamp(0, 255).to(torch.uint8).numpy()
+    y = np.asarray(digits.target)
+    tests = np.arange(len(y)) % 5 == 4
+    parts = [Images(x[mask], y[mask], (0.3,), (0.35,)) for mask in (~tests, tests)]
+    return DataSource("digits", _loader(parts[0], batch_size), _loader(parts[1], batch_size))
+
+
+def _cifar10(folder: Path, batch_size: int) -> DataSource:
+    train = _npz(folder / "train.npz")
+    if train is None:
+        raise DataError(f"expected {folder / 'train.npz'} with arrays x and y, there is none")
+    test = _npz(folder / "test.npz")
+    return DataSource(
+        "cifar10", _loader(Images(*train, *_IMAGENET), batch_size),
+        None if test is None else _loader(Images(*test, *_IMAGENET), batch_size), flip_and_shift,
+    )  # fmt: skip
+
+
+def _npz(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            x, y = file["x"], file["y"]
+    except Exception as error:
+        raise DataError(f"expected arrays x and y in {path}, got {type(error).__name__}: {first_line(error)}") from error
+    if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != np.uint8 or y.shape != (len(x),) or not len(x):
+        raise DataError(f"expected x uint8 [N,H,W,3] and y [N] in {path}, got {x.dtype} {x.shape} and {y.shape}")
+    return x.transpose(0, 3, 1, 2), y
+
+
+def _fashion_mnist(folder: Path, batch_size: int) -> DataSource:
+    parts = []
+    for split in ("train", "t10k"):
+        x, y = _idx(folder / f"{split}-images-idx3-ubyte.gz"), _idx(folder / f"{split}-labels-idx1-ubyte.gz")
+        if x.ndim != 3 or y.shape != (len(x),):
+            raise DataError(f"expected images [N,H,W] and labels [N] of {split} in {folder}, got {x.shape}, {y.shape}")
+        parts.append(Images(x[:, None], y, *_FASHION))
+    return DataSource("fashion-mnist", _loader(parts[0], batch_size), _loader(parts[1], batch_size), flip_and_shift)
+
+
+def _idx(path: Path) -> np.ndarray:
+    """An idx file: two zero bytes, a type (8: uint8), the number of dimensions, each as big-endian int32, the data."""
+    try:
+        raw = gzip.decompress(path.read_bytes())
+        dimensions = raw[3]
+        shape = tuple(int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions))
+        if raw[:3] != b"\0\0\x08":
+            raise ValueError("not an idx file of bytes")
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise DataError(f"expected a gzipped idx file at {path}, got {first_line(error)}") from error
+
+
+def _image_folder(folder: Path, size: tuple[int, ...], batch_size: int) -> DataSource:
+    root = folder / "train" if (folder / "train").is_dir() else folder
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir())
+    if len(classes) < 2:
+        raise DataError(f"expected two class folders or more in {root}, found {len(classes)}")
+    train = ImageFolder(root, (size[0], size[1]), classes)
+    held = next((folder / name for name in ("test", "val") if root != folder and (folder / name).is_dir()), None)
+    test = None if held is None else _loader(ImageFolder(held, (size[0], size[1]), classes), batch_size)
+    return DataSource(f"imagefolder:{folder.name}", _loader(train, batch_size), test, flip_and_shift)
