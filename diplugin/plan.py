@@ -8,10 +8,14 @@ that a fresh model and a plan are enough to build the pruned network again.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .errors import PlanError
 from .network import TensorSpec
@@ -62,7 +66,7 @@ class PruningPlan:
             odd = sorted(set(self.kept) ^ set(self.channels))
             raise PlanError(f"expected the same groups in kept and channels, only one of them names {odd[:3]}")
         for name, kept in self.kept.items():
-            ordered = all(a < b for a, b in zip(kept, kept[1:], strict=False))
+            ordered = all(a < b for a, b in pairwise(kept))
             if not kept or not ordered or kept[0] < 0 or kept[-1] >= self.channels[name]:
                 raise PlanError(
                     f"expected 1 to {self.channels[name]} ascending channel numbers below {self.channels[name]} "
@@ -142,8 +146,10 @@ class PruningPlan:
             raise PlanError(f"expected a pruning plan of schema {SCHEMA}, got {schema!r}; update diplugin?")
         try:
             return cls._from_data(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"expected a whole pruning plan, got a broken one ({type(error).__name__}: {error})") from error
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise PlanError(
+                f"expected a whole pruning plan, got a broken one ({type(error).__name__}: {error})"
+            ) from error
 
     @classmethod
     def _from_data(cls, data: Mapping[str, Any]) -> PruningPlan:
@@ -151,9 +157,9 @@ class PruningPlan:
         return cls(
             kept={n: tuple(_integer(i) for i in g["kept"]) for n, g in groups.items()},
             channels={n: _integer(g["channels"]) for n, g in groups.items()},
-            costs={n: PlannedCost(float(c["base"]), float(c["predicted"])) for n, c in data["costs"].items()},
-            inputs=tuple(TensorSpec(tuple(map(_integer, s["shape"])), str(s["dtype"])) for s in data["inputs"]),
-            path=tuple(PathPoint(float(p["loss"]), {k: float(v) for k, v in p["costs"].items()})
+            costs={n: PlannedCost(_finite(c["base"]), _finite(c["predicted"])) for n, c in data["costs"].items()},
+            inputs=tuple(_tensor_spec(spec) for spec in data["inputs"]),
+            path=tuple(PathPoint(_finite(p["loss"]), {k: _finite(v) for k, v in p["costs"].items()})
                        for p in data["path"]),
         )  # fmt: skip
 
@@ -179,3 +185,18 @@ def _integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"expected an integer, got {value!r}")
     return value
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, got {value!r}")
+    return number
+
+
+def _tensor_spec(data: Mapping[str, Any]) -> TensorSpec:
+    shape = tuple(_integer(size) for size in data["shape"])
+    # The name is looked up in torch, which holds much else.
+    if min(shape, default=0) < 0 or not isinstance(getattr(torch, data["dtype"], None), torch.dtype):
+        raise ValueError(f"expected a tensor's shape and dtype, got {data!r:.80}")
+    return TensorSpec(shape, data["dtype"])
