@@ -18,12 +18,22 @@ from ..tables import Alignment, LatencyTable, Setting
 from . import device
 from .finish import finish, table_from_rows
 from .plan import (
-    QUICK, ProfilePlan, Protocol, call_graph, estimate_seconds, make_plan, net_graph, plan_probes, runtime_setting,
-)  # fmt: skip
+    QUICK,
+    THOROUGH,
+    ProfilePlan,
+    Protocol,
+    estimate_seconds,
+    make_plan,
+    net_graph,
+    plan_nets,
+    plan_probes,
+    runtime_setting,
+)
 
 Progress = Callable[[int, int], None]
 POINTS = (8, 6, 4, 3)
-_PROVENANCE_PAUSE_S = 0.3
+WHOLE_NET = Protocol(rounds=30, round_ms=60.0, gap_ms=20.0)
+_PAUSE_S = 0.3
 
 
 def profile_here(
@@ -74,7 +84,7 @@ def run_plan(bundle: Any, journal: Path, progress: Progress | None = None, runti
         TableError: the journal is damaged or of another plan, or the runtime is missing.
     """
     try:
-        return device.profile(bundle, str(journal), progress, _PROVENANCE_PAUSE_S, runtime)
+        return device.profile(bundle, str(journal), progress, _PAUSE_S, runtime)
     except device.ProfileError as error:
         raise TableError(str(error)) from None
 
@@ -84,7 +94,6 @@ def probe(
 ) -> tuple[Alignment, float]:
     """The machine's alignment and the unpruned net's time in ms, in about two seconds."""
     plan = ProfilePlan("probe", setting, QUICK)
-    plan.add("call", call_graph(), {})
     plan_probes(plan, trace)
     plan.add("net", net_graph(model, example_inputs), {"name": "unpruned", "keys": []})
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +107,7 @@ def fitting_plan(
     net_ms: float, *, name: str, budget_s: float, points: int, nets: int, seed: int, protocol: Protocol | None,
 ) -> ProfilePlan:  # fmt: skip
     """The richest plan that should take no longer than `budget_s`; the poorest there is if none does."""
-    choices = [(count, chosen) for chosen in ([protocol] if protocol else [Protocol(), QUICK])
+    choices = [(count, chosen) for chosen in ([protocol] if protocol else [THOROUGH, QUICK])
                for count in POINTS if count <= points or count == POINTS[-1]]  # fmt: skip
     plan = ProfilePlan(name, setting)
     for count, chosen in choices:
@@ -107,8 +116,6 @@ def fitting_plan(
         plan.estimated_s = estimate_seconds(plan, trace, net_ms) + nets * chosen.rounds * chosen.runs * net_ms / 1e3
         if plan.estimated_s <= budget_s:
             break
-    from .plan import plan_nets
-
     plan_nets(plan, model, example_inputs, trace, nets, seed)
     return plan
 
@@ -124,18 +131,8 @@ class OnnxTiming:
     peak_memory_mb: float = 0.0
 
 
-class _OneFile:
-    """A bundle of one finished ONNX file."""
-
-    def __init__(self, blob: bytes, plan: dict[str, Any]) -> None:
-        self._blob, self.plan = blob, plan
-
-    def blob(self, name: str) -> bytes:
-        return self._blob
-
-
 def measure_onnx(
-    path: str | Path, *, threads: int = 1, protocol: Protocol = Protocol(rounds=10, round_ms=60.0)
+    path: str | Path, *, threads: int = 1, protocol: Protocol = WHOLE_NET
 ) -> OnnxTiming:
     """Time a finished ONNX file on this machine as the profiler times whole nets.
 
@@ -159,7 +156,8 @@ def measure_onnx(
     plan = ProfilePlan(path.stem, runtime_setting(threads), protocol)
     plan.add("net", (blob, inputs), {"name": path.name, "keys": []})
     with tempfile.TemporaryDirectory() as folder:
-        (row,) = run_plan(_OneFile(blob, plan.plan), Path(folder) / "net.jsonl").rows.values()
+        rows = run_plan(plan, Path(folder) / "net.jsonl").rows
+    row = rows[plan.jobs[-1].id]
     latency = row["cpu_ms"] if threads == 1 else row["wall_ms"]
     return OnnxTiming(latency, row["cpu_ms"], row["wall_ms"], row["cv"])
 
@@ -167,3 +165,13 @@ def measure_onnx(
 def _numpy_type(name: str) -> str:
     kinds = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
     return kinds.get(name) or name.removeprefix("tensor(").removesuffix(")")
+
+
+def is_this_machine(table: LatencyTable) -> bool:
+    """Whether a table was measured on a machine like this one, with the runtime that is installed here."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    here = table.provenance.get("device") == device.device_model() or table.device == device.device_model()[:160]
+    return here and table.setting.runtime == "onnxruntime" and table.setting.version == onnxruntime.__version__
