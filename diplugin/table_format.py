@@ -131,7 +131,7 @@ def dumps_table(table: LatencyTable) -> str:
 
 def document_from_table(table: LatencyTable) -> dict[str, Any]:
     """The table as JSON types, with its content hash."""
-    rows = [[*_key_row(e.key), *(_round(v) for v in e[1:5]), e.unstable] for e in sorted(table.entries)]
+    rows = [[*e.key.row, *(_round(v) for v in e[1:5]), e.unstable] for e in sorted(table.entries)]
     nets = [[net.name, *(_round(v) for v in net[1:])] for net in table.nets]
     document: dict[str, Any] = {
         "format": FORMAT, "schema": SCHEMA, "name": table.name, "device": table.device, "origin": table.origin,
@@ -145,10 +145,6 @@ def document_from_table(table: LatencyTable) -> dict[str, Any]:
     }  # fmt: skip
     document |= {"nets": nets, "rows": rows}
     return {**document, "sha256": content_sha256(document)}
-
-
-def _key_row(key: OpKey) -> list[Any]:
-    return [list(v) if isinstance(v, tuple) else v for v in (getattr(key, name) for name in KEY_COLUMNS)]
 
 
 def _round(value: Any) -> Any:
@@ -283,7 +279,7 @@ def _text_or_repr(value: Any) -> str:
 def _table(document: dict[str, Any]) -> LatencyTable:
     width = len(KEY_COLUMNS)
     rows = _rows(document["rows"], ENTRY_COLUMNS, "rows")
-    entries = tuple(Entry(OpKey(*row[:width]), *row[width:]) for row in rows)
+    entries = tuple(Entry(OpKey.from_row(row[:width]), *row[width:]) for row in rows)
     if not entries:
         raise ValueError("it has no rows")
     for number, entry in enumerate(entries):

@@ -11,9 +11,10 @@ them it is only a sum and is labelled uncalibrated. `latency_tables/README.md` d
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,11 +69,28 @@ class OpKey:
     def text(self) -> str:
         """One line for people and for error messages."""
         activation = f"+{self.activation}" if self.activation else ""
-        shape = [f"{letter}{_by(values)}" for letter, values in
-                 zip("kspd", (self.kernel, self.stride, self.padding, self.dilation), strict=True) if values]  # fmt: skip
+        sides = {"k": self.kernel, "s": self.stride, "p": self.padding, "d": self.dilation}
+        shape = [f"{letter}{_by(values)}" for letter, values in sides.items() if values]
         words = [f"{self.op}{activation}", f"{self.cin}>{self.cout}", *shape, f"g{self.groups}",
                  f"@{_by(self.size)}", f"b{self.batch}", self.dtype, self.layout]  # fmt: skip
         return " ".join(words)
+
+    @property
+    def row(self) -> list[Any]:
+        """The key as JSON types, in the order of the fields; `from_row` gives it back."""
+        return [list(v) if isinstance(v, tuple) else v for v in (getattr(self, f.name) for f in fields(self))]
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any]) -> OpKey:
+        """The key of a row of checked JSON values."""
+        values: list[Any] = [tuple(v) if isinstance(v, list) else v for v in row]
+        return cls(*values)
+
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates."""
+        positions = self.size if self.op == "conv_transpose" else self.output_size
+        return float(self.batch * prod(positions) * prod(self.kernel) * self.cin * self.cout // self.groups)
 
     @property
     def output_size(self) -> tuple[int, ...]:

@@ -3,10 +3,12 @@
 from .arithmetic import PeakActivationMemory, layer_macs, macs, params
 from .base import CostModel, SeparableCost, Term, Widths
 from .budget import Budget
+from .latency import LatencyCost
 
 __all__ = [
     "Budget",
     "CostModel",
+    "LatencyCost",
     "PeakActivationMemory",
     "SeparableCost",
     "Term",

@@ -28,9 +28,9 @@ import zlib
 JOURNAL_FORMAT = "diplugin-journal"
 PLAN_FORMAT = "diplugin-profile-plan"
 SCHEMA = 1
-DRIFT, MAX_CV, CLEAN_RATIO = 0.05, 0.05, 0.9
-ATTEMPTS, PAUSES, PAUSE_S = 3, 3, 5.0
-ROW_FIELDS = ("attempts", "cpu_ms", "cv", "drift", "id", "n", "ratio", "rounds", "runs", "unstable", "wall_ms")
+DRIFT, MAX_CV = 0.05, 0.05
+PAUSES, PAUSE_S = 3, 5.0
+ROW_FIELDS = ("attempts", "cpu_ms", "cv", "id", "n", "ratio", "rounds", "runs", "sentinel_ms", "unstable", "wall_ms")
 
 
 class ProfileError(Exception):
@@ -45,7 +45,7 @@ def canonical(document):
 
 
 def refuse_constant(name):
-    raise ValueError("%s is no number" % name)
+    raise ValueError(f"{name} is no number")
 
 
 def parse(text):
@@ -66,17 +66,17 @@ class Bundle:
                 text = archive.read("plan.json").decode()
             self.plan = checked_plan(parse(text))
         except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-            raise ProfileError("expected a profile bundle in %r, but %s: make it again with 'diplugin profile plan'"
-                               % (self.path, first_line(error))) from None
+            raise ProfileError(f"expected a profile bundle in {self.path!r}, but {first_line(error)}: make it again "
+                               "with 'diplugin profile plan'") from None
 
     def blob(self, name):
         try:
             with zipfile.ZipFile(self.path) as archive:
                 data = archive.read("blobs/" + name)
         except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise ProfileError("graph %s of the bundle cannot be read: %s" % (name, first_line(error))) from None
+            raise ProfileError(f"graph {name} of the bundle cannot be read: {first_line(error)}") from None
         if hashlib.sha256(data).hexdigest() != name.split(".")[0]:
-            raise ProfileError("graph %s of the bundle is damaged: copy the bundle again" % name)
+            raise ProfileError(f"graph {name} of the bundle is damaged: copy the bundle again")
         return data
 
 
@@ -84,7 +84,7 @@ def checked_plan(plan):
     if not isinstance(plan, dict) or plan.get("format") != PLAN_FORMAT:
         raise ValueError("it holds no profile plan")
     if plan.get("schema") != SCHEMA:
-        raise ValueError("its schema is %s and this version reads %d" % (str(plan.get("schema"))[:20], SCHEMA))
+        raise ValueError(f"its schema is {str(plan.get('schema'))[:20]} and this version reads {SCHEMA}")
     if plan_sha256(plan) != plan.get("sha256"):
         raise ValueError("its plan does not match its SHA-256")
     return plan
@@ -101,7 +101,7 @@ def first_line(error):
 
 def sealed(row):
     """A row as a line of the journal, with a checksum that tells a flipped bit."""
-    return canonical({**row, "crc": "%08x" % zlib.crc32(canonical(row).encode())}) + "\n"
+    return canonical({**row, "crc": f"{zlib.crc32(canonical(row).encode()):08x}"}) + "\n"
 
 
 def unsealed(line):
@@ -110,7 +110,7 @@ def unsealed(line):
     if not isinstance(row, dict):
         raise ValueError("it is no object")
     crc = row.pop("crc", None)
-    if crc != "%08x" % zlib.crc32(canonical(row).encode()):
+    if crc != f"{zlib.crc32(canonical(row).encode()):08x}":
         raise ValueError("its checksum is wrong")
     return row
 
@@ -127,7 +127,7 @@ class Journal:
             self._repair()
             header, rows = read_journal(self.path)
             if header is not None and header["plan_sha256"] != plan["sha256"]:
-                raise ProfileError("journal %r belongs to another plan: name another one with --journal" % self.path)
+                raise ProfileError(f"journal {self.path!r} belongs to another plan: name another one with --journal")
             self.rows = rows
             self.fresh = header is None
         else:
@@ -150,7 +150,7 @@ class Journal:
         self.fresh = False
 
     def add(self, row):
-        row = dict(row, n=len(self.rows))
+        row = dict(row, n=1 + max((known["n"] for known in self.rows.values()), default=-1))
         self._append(row)
         self.rows[row["id"]] = row
 
@@ -161,8 +161,8 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise ProfileError("the journal %r cannot be written (%s): make room or name another place with --journal; "
-                               "nothing done so far is lost" % (self.path, first_line(error))) from None
+            raise ProfileError(f"the journal {self.path!r} cannot be written ({first_line(error)}): make room or name "
+                               "another place with --journal; nothing done so far is lost") from None
 
 
 def read_journal(path):
@@ -174,7 +174,7 @@ def read_journal(path):
         with open(path, "rb") as file:
             data = file.read(256 << 20)
     except OSError as error:
-        raise ProfileError("the journal %r cannot be read: %s" % (str(path), first_line(error))) from None
+        raise ProfileError(f"the journal {str(path)!r} cannot be read: {first_line(error)}") from None
     header, rows, numbers = None, {}, {}
     for number, line in enumerate(data[:data.rfind(b"\n") + 1].splitlines(), 1):
         try:
@@ -187,11 +187,11 @@ def read_journal(path):
             if rows.get(row["id"], row) != row or numbers.get(row["n"], row["id"]) != row["id"]:
                 raise ValueError("it contradicts an earlier line")
         except (ValueError, OverflowError) as error:
-            raise ProfileError("line %d of the journal %r is damaged (%s): delete that line to measure it again"
-                               % (number, str(path), first_line(error))) from None
+            raise ProfileError(f"line {number} of the journal {str(path)!r} is damaged ({first_line(error)}): delete "
+                               "that line to measure it again") from None
         rows[row["id"]], numbers[row["n"]] = row, row["id"]
     if header is None and rows:
-        raise ProfileError("the journal %r has lost its header: profile again" % str(path))
+        raise ProfileError(f"the journal {str(path)!r} has lost its header: profile again")
     return header, rows
 
 
@@ -199,7 +199,7 @@ def check_header(row, earlier):
     if row["format"] != JOURNAL_FORMAT:
         raise ValueError("it is of another format")
     if row.get("schema") != SCHEMA:
-        raise ValueError("its schema is %s and this version reads %d" % (str(row.get("schema"))[:20], SCHEMA))
+        raise ValueError(f"its schema is {str(row.get('schema'))[:20]} and this version reads {SCHEMA}")
     if not isinstance(row.get("provenance"), dict) or not isinstance(row.get("plan_sha256"), str):
         raise ValueError("its header is incomplete")
     if earlier is not None and earlier != row:
@@ -213,10 +213,10 @@ def check_row(row):
         raise ValueError("its fields have wrong types")
     for name in ("attempts", "n", "rounds", "runs"):
         if type(row[name]) is not int or not 0 <= row[name] < 1 << 31:
-            raise ValueError("%s is no count" % name)
-    for name in ("cpu_ms", "cv", "drift", "ratio", "wall_ms"):
+            raise ValueError(f"{name} is no count")
+    for name in ("cpu_ms", "cv", "ratio", "sentinel_ms", "wall_ms"):
         if type(row[name]) not in (int, float) or not 0 <= row[name] < 3.6e6:
-            raise ValueError("%s is no plausible number" % name)
+            raise ValueError(f"{name} is no plausible number")
 
 
 # ------------------------------------------------------------------------------------------------ the device's state
@@ -247,8 +247,8 @@ def device_model():
 
 
 def frequencies():
-    base = "/sys/devices/system/cpu/cpu%d/cpufreq/scaling_cur_freq"
-    return " ".join(filter(None, (read_text(base % i) for i in range(os.cpu_count() or 1))))
+    found = (read_text(f"/sys/devices/system/cpu/cpu{i}/cpufreq/scaling_cur_freq") for i in range(os.cpu_count() or 1))
+    return " ".join(filter(None, found))
 
 
 def emulated():
@@ -267,7 +267,7 @@ def provenance(setting):
         "device": device_model(), "machine": platform.machine(), "kernel": platform.release(),
         "cpus": os.cpu_count() or 0, "python": platform.python_version(), "affinity": " ".join(map(str, affinity)),
         "governor": read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "frequencies_khz": frequencies(), "load": "%.2f" % load[0], "emulated": emulated(),
+        "frequencies_khz": frequencies(), "load": f"{load[0]:.2f}", "emulated": emulated(),
         "runtime_version": setting.get("version", ""), "throttled": tool("vcgencmd", "get_throttled"),
         "nvpmodel": tool("nvpmodel", "-q"), "jetson_clocks": tool("jetson_clocks", "--show"),
         "jetpack": read_text("/etc/nv_tegra_release")[:400], "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -289,23 +289,24 @@ def throttled():
 # ------------------------------------------------------------------------------------------------ runtimes
 
 
+LEVELS = {"disable": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED",
+          "all": "ORT_ENABLE_ALL"}
+
+
 class OnnxRuntime:
     """Sessions of ONNX Runtime with the plan's setting."""
-
-    LEVELS = {"disable": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED",
-              "all": "ORT_ENABLE_ALL"}
 
     def __init__(self, setting):
         try:
             import numpy
             import onnxruntime
         except ImportError as error:
-            raise ProfileError("this device lacks %s: install it with 'python3 -m pip install numpy onnxruntime'"
-                               % (error.name or first_line(error))) from None
+            raise ProfileError(f"this device lacks {error.name or first_line(error)}: install it with "
+                               "'python3 -m pip install numpy onnxruntime'") from None
         self.numpy, self.runtime, self.setting = numpy, onnxruntime, setting
         if setting["provider"] not in onnxruntime.get_available_providers():
-            raise ProfileError("this device's onnxruntime has no %s, it has %s"
-                               % (setting["provider"], ", ".join(onnxruntime.get_available_providers())))
+            have = ", ".join(onnxruntime.get_available_providers())
+            raise ProfileError(f"this device's onnxruntime has no {setting['provider']}, it has {have}")
         self.version = onnxruntime.__version__
 
     def load(self, blob, inputs):
@@ -314,7 +315,7 @@ class OnnxRuntime:
         options.intra_op_num_threads = self.setting["threads"]
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        level = self.LEVELS[self.setting["graph_optimization"]]
+        level = LEVELS[self.setting["graph_optimization"]]
         options.graph_optimization_level = getattr(self.runtime.GraphOptimizationLevel, level)
         session = self.runtime.InferenceSession(blob, options, providers=[self.setting["provider"]])
         draw = self.numpy.random.RandomState(0)
@@ -341,14 +342,14 @@ class Trtexec:
             model, times = os.path.join(folder, "model.onnx"), os.path.join(folder, "times.json")
             with open(model, "wb") as file:
                 file.write(blob)
-            command = [self.tool, "--onnx=" + model, "--exportTimes=" + times, "--iterations=%d" % runs,
+            command = [self.tool, "--onnx=" + model, "--exportTimes=" + times, f"--iterations={runs}",
                        "--warmUp=200", "--duration=0", "--useSpinWait"]
             if self.setting.get("precision") == "float16":
                 command.append("--fp16")
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
             if done.returncode != 0:
                 tail = done.stdout.decode("utf-8", "replace").strip().splitlines()[-1:] or [""]
-                raise ProfileError("trtexec failed: %s" % tail[0][:300])
+                raise ProfileError(f"trtexec failed: {tail[0][:300]}")
             return trtexec_times(read_text_all(times))
 
 
@@ -384,13 +385,19 @@ RUNTIMES = {"onnxruntime": OnnxRuntime}
 # ------------------------------------------------------------------------------------------------ timing
 
 
+def floor_of(values):
+    """The lower quartile: of each round's fastest run it is the undisturbed time, to half a per cent on a machine
+    whose other processes spread the medians by twelve."""
+    return sorted(values)[(len(values) - 1) // 4]
+
+
 class Timer:
-    """Rounds of one job: medians of `runs` runs each, in CPU time of the thread and in wall time."""
+    """One job's rounds: the fastest of `runs` runs in CPU time of the thread and in wall time, and their medians."""
 
     def __init__(self, job, run, protocol, thread_clock):
-        self.job, self.run = job, run
+        self.job, self.run, self.protocol, self.thread_clock = job, run, protocol, thread_clock
         self.clock = time.thread_time_ns if thread_clock else time.process_time_ns
-        self.thread_clock = thread_clock
+        self.cpu, self.wall, self.ratio = [], [], []
         start = time.perf_counter()
         self.run()
         self.run()
@@ -398,10 +405,6 @@ class Timer:
         for _ in range(min(5, int(protocol["warmup_ms"] / 1e3 / first))):
             self.run()
         self.runs = int(max(protocol["min_runs"], min(protocol["runs"], protocol["round_ms"] / 1e3 / first)))
-        self.reset()
-
-    def reset(self):
-        self.cpu, self.wall = [], []
 
     def round(self):
         cpu, wall = [], []
@@ -409,26 +412,34 @@ class Timer:
             w0, c0 = time.perf_counter_ns(), self.clock()
             self.run()
             c1, w1 = self.clock(), time.perf_counter_ns()
-            cpu.append(c1 - c0)
-            wall.append(w1 - w0)
-        self.cpu.append(statistics.median(cpu) / 1e6)
-        self.wall.append(statistics.median(wall) / 1e6)
+            cpu.append((c1 - c0) / 1e6)
+            wall.append((w1 - w0) / 1e6)
+        self.cpu.append(min(cpu))
+        self.wall.append(min(wall))
+        self.ratio.append(sum(cpu) / max(sum(wall), 1e-9))
 
     @property
     def judged(self):
-        """The rounds that count: with one thread its CPU time, which other processes disturb little; else wall."""
+        """The times that count: with one thread its CPU time, which other processes disturb less; else wall time."""
         return self.cpu if self.thread_clock else self.wall
 
     @property
     def cv(self):
-        values = self.judged
-        return statistics.pstdev(values) / statistics.mean(values) if statistics.mean(values) > 0 else 0.0
+        """Coefficient of variation over the quieter half of the rounds."""
+        quiet = sorted(self.judged)[:(len(self.judged) + 1) // 2]
+        mean = statistics.mean(quiet)
+        return statistics.pstdev(quiet) / mean if mean > 0 else 0.0
 
-    def row(self, attempts, drift):
-        cpu, wall = statistics.median(self.cpu), statistics.median(self.wall)
-        return {"id": self.job["id"], "cpu_ms": round(cpu, 6), "wall_ms": round(wall, 6), "cv": round(self.cv, 5),
-                "ratio": round(min(cpu / wall, 1e3) if wall else 0.0, 4), "attempts": attempts, "runs": self.runs,
-                "rounds": len(self.cpu), "drift": round(drift, 4), "unstable": self.cv > MAX_CV or drift > DRIFT}
+    @property
+    def done(self):
+        wanted, have = self.protocol["rounds"], len(self.cpu)
+        return have >= wanted * self.protocol["patience"] or (have >= wanted and self.cv <= MAX_CV)
+
+    def row(self, sentinel_ms, limited):
+        return {"id": self.job["id"], "cpu_ms": round(floor_of(self.cpu), 6), "wall_ms": round(floor_of(self.wall), 6),
+                "cv": round(self.cv, 5), "ratio": round(min(statistics.median(self.ratio), 1e3), 4), "runs": self.runs,
+                "rounds": len(self.cpu), "attempts": -(-len(self.cpu) // self.protocol["rounds"]),
+                "sentinel_ms": round(sentinel_ms, 6), "unstable": limited or self.cv > MAX_CV}
 
 
 class Profiler:
@@ -440,7 +451,7 @@ class Profiler:
         self.setting, self.protocol = self.plan["setting"], self.plan["protocol"]
         self.thread_clock = self.setting["threads"] == 1 and self.setting["provider"] == "CPUExecutionProvider"
         self.progress = progress or (lambda done, total: None)
-        self.sentinel = None
+        self.reference = 0.0
 
     def run(self):
         todo = [job for job in self.plan["jobs"] if job["id"] not in self.journal.rows]
@@ -449,67 +460,39 @@ class Profiler:
         if not todo:
             return
         self.journal.start(provenance({"version": self.runtime.version}))
+        seen = [row["sentinel_ms"] for row in self.journal.rows.values()]
+        self.reference = min([*seen, self.time_rounds([])])
         for chunk in chunks(todo, self.protocol["chunk"]):
             for row in self.measure(chunk):
                 self.journal.add(row)
             self.progress(len(self.journal.rows), total)
 
     def measure(self, chunk):
-        """Rows of a chunk of jobs; measured again while the device is throttled."""
-        for _ in range(PAUSES + 1):
-            drift = self.settle()
-            rows = self.rounds(chunk, drift)
-            if not throttled():
-                return rows
+        """Rows of a chunk of jobs; again after a pause while the device drifts or says that it is throttled."""
+        for attempt in range(PAUSES + 1):
+            timers = [self.timer(job) for job in chunk]
+            sentinel_ms, limited = self.time_rounds(timers), throttled()
+            self.reference = min(self.reference, sentinel_ms)
+            if attempt == PAUSES or (sentinel_ms <= (1 + DRIFT) * self.reference and not limited):
+                break
             time.sleep(self.pause_s)
-        return [dict(row, unstable=True) for row in rows]
+        return [t.row(sentinel_ms, limited) for t in timers]
 
-    def rounds(self, chunk, drift):
-        timers = [self.timer(job) for job in chunk]
-        waiting, attempts = timers, 0
-        while waiting and attempts < ATTEMPTS:
-            attempts += 1
-            best = {id(t): (t.cv, t.cpu, t.wall) for t in waiting if t.cpu}
+    def time_rounds(self, timers):
+        """Interleaved rounds until every job, and a sentinel among them, has enough; returns the sentinel's time."""
+        job = next(job for job in self.plan["jobs"] if job["id"] == self.plan["sentinel"])
+        sentinel = self.timer(job)
+        waiting = [sentinel, *timers]
+        while waiting:
             for t in waiting:
-                t.reset()
-                t.attempts = attempts
-            for _ in range(self.protocol["rounds"]):
-                for t in waiting:
-                    t.round()
-            for t in waiting:
-                cv, cpu, wall = best.get(id(t), (t.cv, t.cpu, t.wall))
-                if cv < t.cv:
-                    t.cpu, t.wall = cpu, wall
-            waiting = [t for t in waiting if t.cv > MAX_CV]
-        return [t.row(t.attempts, drift) for t in timers]
+                t.round()
+            waiting = [t for t in waiting if not t.done]
+            time.sleep(self.protocol["gap_ms"] / 1e3)
+        return floor_of(sentinel.judged)
 
     def timer(self, job):
         run = self.runtime.load(self.bundle.blob(job["blob"]), job["inputs"])
         return Timer(job, run, self.protocol, self.thread_clock)
-
-    def settle(self):
-        """Wait for the sentinel to run as fast as at the start; returns the drift that is left."""
-        if self.sentinel is None:
-            job = next(job for job in self.plan["jobs"] if job["id"] == self.plan["sentinel"])
-            self.sentinel = self.timer(job)
-            known = self.journal.rows.get(job["id"])
-            if known is None:
-                self.reference = self.sentinel_ms()
-                return 0.0
-            self.reference = known["cpu_ms" if self.thread_clock else "wall_ms"]
-        for pause in range(PAUSES + 1):
-            now = self.sentinel_ms()
-            drift = abs(now / self.reference - 1) if self.reference else 0.0
-            if drift <= DRIFT or pause == PAUSES:
-                break
-            time.sleep(self.pause_s)
-        return drift
-
-    def sentinel_ms(self):
-        self.sentinel.reset()
-        for _ in range(3):
-            self.sentinel.round()
-        return statistics.median(self.sentinel.judged)
 
 
 def chunks(jobs, size):
@@ -530,7 +513,7 @@ def profile(bundle, journal_path, progress=None, pause_s=PAUSE_S, runtime=None):
     setting = bundle.plan["setting"]
     if runtime is None:
         if setting["runtime"] not in RUNTIMES:
-            raise ProfileError("this file cannot run %r" % str(setting["runtime"])[:40])
+            raise ProfileError(f"this file cannot run {str(setting['runtime'])[:40]!r}")
         runtime = RUNTIMES[setting["runtime"]](setting)
     journal = Journal(journal_path, bundle.plan)
     Profiler(bundle, journal, runtime, progress, pause_s).run()
@@ -548,12 +531,12 @@ def progress_line(stream):
         if last[1] is None:
             last[1] = done
         elapsed, fresh = time.monotonic() - start, done - last[1]
-        left = "%d s left" % (elapsed / fresh * (total - done)) if fresh else "starting"
+        left = f"{elapsed / fresh * (total - done):.0f} s left" if fresh else "starting"
         if stream.isatty():
-            stream.write("\r%d/%d  %s   " % (done, total, left))
+            stream.write(f"\r{done}/{total}  {left}   ")
         elif done * 10 // max(total, 1) > last[0] or done == total:
             last[0] = done * 10 // max(total, 1)
-            stream.write("%d/%d %s\n" % (done, total, left))
+            stream.write(f"{done}/{total} {left}\n")
         stream.flush()
 
     return show
@@ -570,12 +553,12 @@ def main(argv=None):
     try:
         done = profile(Bundle(args.bundle), journal, None if args.quiet else progress_line(sys.stderr))
     except ProfileError as error:
-        print("error: %s" % error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
-    print("%d rows in %s; bring it back and run 'diplugin profile finish'" % (len(done.rows), journal))
+    print(f"{len(done.rows)} rows in {journal}; bring it back and run 'diplugin profile finish'")
     return 0
 
 

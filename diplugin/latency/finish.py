@@ -59,11 +59,6 @@ def load_bundle(path: str | Path) -> device.Bundle:
         raise TableError(str(error)) from None
 
 
-def key_from_row(row: list[Any]) -> OpKey:
-    """The key that a plan's JSON row stands for."""
-    return OpKey(*(tuple(v) if isinstance(v, list) else v for v in row))
-
-
 class _Times:
     """Rows by job, read as milliseconds of the clock that counts."""
 
@@ -72,6 +67,11 @@ class _Times:
         one_thread = setting["threads"] == 1 and setting["provider"] == "CPUExecutionProvider"
         self.clock = "cpu_ms" if one_thread else "wall_ms"
         self.plan, self.rows = plan, rows
+        self.calm_ms = (1 + device.DRIFT) * min(row["sentinel_ms"] for row in rows.values())
+
+    def unstable(self, row: Row) -> bool:
+        """Whether a row scattered, or the device was slower than at its best while it was timed."""
+        return row["unstable"] or row["sentinel_ms"] > self.calm_ms
 
     def of(self, *kinds: str) -> Iterator[tuple[Mapping[str, Any], Row, float]]:
         for job in self.plan["jobs"]:
@@ -92,13 +92,14 @@ def table_from_rows(
     probes: list[OpKey] = []
     for kind in ("entry", "probe"):
         for detail, row, ms in times.of(kind):
-            key = key_from_row(detail["key"])
+            key = OpKey.from_row(detail["key"])
             net = max(MIN_SHARE * ms, ms - overhead - _edge_ms(edges, key))
-            entry = Entry(key, net, row["cpu_ms"], row["wall_ms"], row["cv"], row["unstable"])
+            entry = Entry(key, net, row["cpu_ms"], row["wall_ms"], row["cv"], times.unstable(row))
             entries.setdefault(key, entry)
             probes += [key] if kind == "probe" else []
     nets = tuple(_net(detail, row, ms, entries) for detail, row, ms in times.of("net"))
-    setting = Setting(**{**plan["setting"], "version": provenance.get("runtime_version") or plan["setting"]["version"]})
+    version = provenance.get("runtime_version") or plan["setting"]["version"]
+    setting = Setting(**{**plan["setting"], "version": version})
     return LatencyTable(
         name=name or plan["name"], device=device_name or str(provenance.get("device", "unknown device"))[:160],
         setting=setting, entries=tuple(entries.values()), nets=nets,
@@ -122,7 +123,7 @@ def _edge_ms(edges: Mapping[tuple[int, tuple[int, ...], int], float], key: OpKey
 
 
 def _net(detail: Mapping[str, Any], row: Row, ms: float, entries: Mapping[OpKey, Entry]) -> NetTiming:
-    total = sum(entries[key_from_row(key)].latency_ms for key in detail["keys"])
+    total = sum(entries[OpKey.from_row(key)].latency_ms for key in detail["keys"])
     return NetTiming(detail["name"], ms, total, row["cpu_ms"], row["wall_ms"], row["cv"])
 
 

@@ -207,7 +207,7 @@ def export_bytes(model: Any, example_inputs: tuple[Any, ...], names: list[str]) 
         model.eval()
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            buffer = io.BytesIO()
+            buffer: Any = io.BytesIO()
             try:
                 torch.onnx.export(model, example_inputs, buffer, input_names=names, opset_version=OPSET,
                                   dynamo=False, verbose=False)  # fmt: skip

@@ -18,12 +18,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..costs.arithmetic import layer_macs, macs
+from ..costs.arithmetic import macs
 from ..costs.latency import LayerSides, timed_layers
 from ..errors import TableError
 from ..groups import remove_channels
 from ..network import NetworkTrace
-from ..table_format import KEY_COLUMNS
 from ..tables import Alignment, OpKey, Setting
 from . import device
 from .graphs import call_graph, edge_graph, net_graph, operator_graph
@@ -35,7 +34,9 @@ PROBE_WIDTHS = (16, 20, 24, 28, 29, 30, 31, 32, 36, 40, 44, 47, 48)
 class Protocol:
     """How each job is timed: `rounds` interleaved rounds of at most `runs` runs; a round lasts about `round_ms`.
 
-    `chunk` jobs are interleaved with each other; a slow graph runs at least `min_runs` times a round.
+    Of each round the fastest run counts, of the rounds the lower quartile. `chunk` jobs are interleaved with each
+    other; a slow graph runs at least `min_runs` times a round; a restless job gets up to `patience` times the rounds.
+    `gap_ms` between rounds spreads them over time.
     """
 
     rounds: int = 10
@@ -44,9 +45,14 @@ class Protocol:
     round_ms: float = 30.0
     warmup_ms: float = 20.0
     chunk: int = 16
+    patience: int = 3
+    gap_ms: float = 2.0
 
 
-QUICK = Protocol(rounds=7, runs=12, round_ms=8.0, warmup_ms=4.0)
+THOROUGH = Protocol()
+BY_EIGHT = Alignment(8, 8)
+SENTINEL = OpKey("conv", 64, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, (16, 16), "relu")
+QUICK = Protocol(rounds=7, runs=12, round_ms=8.0, warmup_ms=4.0, patience=2)
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,19 @@ class ProfilePlan:
 
     name: str
     setting: Setting
-    protocol: Protocol = Protocol()
+    protocol: Protocol = THOROUGH
     jobs: list[Job] = field(default_factory=list)
     blobs: dict[str, bytes] = field(default_factory=dict)
     grid: dict[str, tuple[int, ...]] = field(default_factory=dict)
     estimated_s: float = 0.0
     _ids: set[str] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        """Every plan begins with its sentinel and the cost of a call."""
+        if not self.jobs:
+            dense = self.setting.runtime == "trtexec"
+            self.add("sentinel", operator_graph(SENTINEL, dense=dense), {})
+            self.add("call", call_graph(), {})
 
     def add(self, kind: str, graph: tuple[bytes, list[list[Any]]], detail: Mapping[str, Any]) -> None:
         """Add a job once, however often it is asked for."""
@@ -98,9 +111,8 @@ class ProfilePlan:
     @property
     def plan(self) -> dict[str, Any]:
         """The plan as the device reads it."""
-        sentinel = next((job.id for job in self.jobs if job.kind in ("probe", "entry")), self.jobs[0].id)
         document = {
-            "format": device.PLAN_FORMAT, "schema": device.SCHEMA, "name": self.name, "sentinel": sentinel,
+            "format": device.PLAN_FORMAT, "schema": device.SCHEMA, "name": self.name, "sentinel": self.jobs[0].id,
             "setting": asdict(self.setting), "protocol": asdict(self.protocol),
             "grid": {name: list(widths) for name, widths in self.grid.items()},
             "jobs": [job.document() for job in self.jobs],
@@ -217,7 +229,7 @@ def add_entries(plan: ProfilePlan, keys: Iterable[OpKey], kind: str = "entry", *
     """Add operators and, where the runtime may reorder tensors, the edges of their graphs."""
     keys = list(keys)
     for key in keys:
-        plan.add(kind, operator_graph(key, dense=dense), {"key": key_row(key)})
+        plan.add(kind, operator_graph(key, dense=dense), {"key": key.row})
     if plan.setting.runtime != "onnxruntime":
         return
     for key in keys:
@@ -230,11 +242,6 @@ def add_edge(plan: ProfilePlan, channels: int, size: tuple[int, ...], batch: int
     for repeats in (1, 2):
         plan.add("edge", edge_graph(channels, size, batch, repeats),
                  {"channels": channels, "size": list(size), "batch": batch, "repeats": repeats})  # fmt: skip
-
-
-def key_row(key: OpKey) -> list[Any]:
-    """A key as JSON types, in the order of the table's columns."""
-    return [list(v) if isinstance(v, tuple) else v for v in (getattr(key, name) for name in KEY_COLUMNS)]
 
 
 def plan_probes(plan: ProfilePlan, trace: NetworkTrace) -> None:
@@ -271,7 +278,7 @@ def plan_nets(
         widths = random_widths(plan.grid, draw) if number else dict(base)
         pruned = model if not number else prune_to(model, example_inputs, trace, widths)
         detail = {"name": f"random-{number}" if number else "unpruned",
-                  "keys": [key_row(layer.key(widths)) for layer in layers]}  # fmt: skip
+                  "keys": [layer.key(widths).row for layer in layers]}  # fmt: skip
         plan.add("net", net_graph(pruned, example_inputs, dense=dense), detail)
 
 
@@ -288,8 +295,8 @@ def prune_to(
 
 def make_plan(
     model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, *, name: str, setting: Setting,
-    alignment: Alignment = Alignment(8, 8), points: int = 8, nets: int = 12, seed: int = 0,
-    protocol: Protocol = Protocol(), dtype: str = "float32", probes: bool = True,
+    alignment: Alignment = BY_EIGHT, points: int = 8, nets: int = 12, seed: int = 0,
+    protocol: Protocol = THOROUGH, dtype: str = "float32", probes: bool = True,
 ) -> ProfilePlan:  # fmt: skip
     """Everything that a latency budget on this model needs measured.
 
@@ -307,7 +314,6 @@ def make_plan(
     """
     plan = ProfilePlan(name, setting, protocol)
     dense = setting.runtime == "trtexec"
-    plan.add("call", call_graph(), {})
     plan.grid = group_grids(trace, alignment, points)
     if probes and dtype == "float32":
         plan_probes(plan, trace)
@@ -318,30 +324,13 @@ def make_plan(
 
 
 def estimate_seconds(plan: ProfilePlan, trace: NetworkTrace, net_ms: float) -> float:
-    """How long a plan takes on a device where the unpruned net takes `net_ms`: by MACs, with what a job costs besides."""
+    """How long a plan takes on a device where the unpruned net takes `net_ms`: by MACs, and a job's own cost."""
     rate = net_ms / max(1.0, macs(trace).base)
     protocol = plan.protocol
     total = 0.0
     for job in plan.jobs:
-        ms = 0.02 + rate * sum(key_macs(row) for row in _job_keys(job))
+        rows = [job.detail["key"]] if "key" in job.detail else job.detail.get("keys", [])
+        ms = 0.02 + rate * sum(OpKey.from_row(row).macs for row in rows)
         runs = max(protocol.min_runs, min(protocol.runs, protocol.round_ms / ms))
         total += protocol.rounds * runs * ms + min(5 * ms, protocol.warmup_ms) + 2 * ms + 3.0
     return total / 1e3
-
-
-def _job_keys(job: Job) -> list[list[Any]]:
-    return [job.detail["key"]] if "key" in job.detail else job.detail.get("keys", [])
-
-
-def key_macs(row: Sequence[Any]) -> float:
-    """Multiply-accumulates of an operator given as a key row."""
-    key = OpKey(*(tuple(v) if isinstance(v, list) else v for v in row))
-    pixels = 1
-    for side in key.size if key.op == "conv_transpose" else key.output_size:
-        pixels *= side
-    for side in key.kernel:
-        pixels *= side
-    return float(key.batch * pixels * key.cin * key.cout // key.groups)
-
-
-__all__ = ["Job", "ProfilePlan", "Protocol", "layer_macs", "make_plan", "width_grid"]
