@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"errors"},
     {"discriminant", "plan", "tables", "groups", "network", "taps", "features", "costs"},
-    {"accuracy", "scoring", "search", "surgery", "recovery", "quantize", "latency", "export", "reference"},
+    {"accuracy", "holdout", "layer_scores", "masks", "run_folder", "scoring", "search", "surgery", "masks", "layer_scores", "recovery", "quantize", "latency", "export", "reference"},
     {"strategies", "report", "sources", "compare"},
     {"pipeline"},
     {"cli"},

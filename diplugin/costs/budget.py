@@ -10,12 +10,12 @@ from ..errors import BudgetError
 from .base import CostModel
 
 _SCALES = {
-    "macs": {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9},
-    "params": {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9},
+    "macs": {"k": 1e3, "m": 1e6, "g": 1e9},
+    "params": {"k": 1e3, "m": 1e6, "g": 1e9},
     "latency_ms": {"ms": 1.0, "us": 1e-3, "s": 1e3},
     "memory_mb": {"mb": 1.0, "kb": 1e-3, "gb": 1e3},
     "size_mb": {"mb": 1.0, "kb": 1e-3, "gb": 1e3},
-    "bops": {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12},
+    "bops": {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12},
 }
 
 
@@ -67,19 +67,24 @@ class Budget:
         cost, equals, value = text.partition("=")
         cost = cost.strip()
         if not equals or cost not in _SCALES:
-            raise BudgetError(f"expected a budget such as macs=0.5, with a cost among {', '.join(_SCALES)}; got {text!r}")
+            raise BudgetError(
+                f"expected a budget such as macs=0.5, with a cost among {', '.join(_SCALES)}; got {text!r}"
+            )
         match = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)\s*", value.lower())
         if match is None:
             raise BudgetError(f"expected a number after {cost}=, such as {_example(cost)} or 0.5; got {value!r}")
         number, unit = float(match[1]), match[2]
+        # A bare number is never absolute: macs=1.5 or latency_ms=12 is far more often a slip than a limit.
         if unit == "" and number <= 1:
             return cls(cost, fraction=number)
         if unit not in _SCALES[cost]:
             units = ", ".join(u.upper() if cost != "latency_ms" else u for u in _SCALES[cost] if u)
-            what = f"unit {match[2]!r}" if unit else f"a bare {number:g}, which is no fraction,"
+            what = f"unit {match[2]!r}" if unit else f"{number:g} without a unit"
             raise BudgetError(f"expected a fraction up to 1 or a number with a unit ({units}) for {cost}, got {what}")
         return cls(cost, limit=number * _SCALES[cost][unit])
 
 
 def _example(cost: str) -> str:
-    return {"latency_ms": "latency_ms=12ms", "memory_mb": "memory_mb=2MB", "size_mb": "size_mb=2MB"}.get(cost, f"{cost}=60M")
+    return {"latency_ms": "latency_ms=12ms", "memory_mb": "memory_mb=2MB", "size_mb": "size_mb=2MB"}.get(
+        cost, f"{cost}=60M"
+    )
