@@ -1,0 +1,13 @@
+"""The report of a run folder: one self-contained HTML page, and its pictures as files.
+
+>>> from diplugin.report import write_report
+>>> write_report("runs/a")  # doctest: +SKIP
+PosixPath('runs/a/report.html')
+"""
+
+from __future__ import annotations
+
+from .run import Run, read_run
+from .write import figures, write_report
+
+__all__ = ["Run", "figures", "read_run", "write_report"]

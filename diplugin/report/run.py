@@ -1,0 +1,181 @@
+"""A run folder as plain data, checked once: what the page and the pictures are made from.
+
+`config.json`, `plan.json` and `metrics.json` make a whole run; `scores.json`, `validate.json`, `quantization.json` are
+shown when they are there. A figure that a run did not take is None. Whatever is broken is one `PlanError`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import PlanError
+from ..plan import PruningPlan
+from ..run_folder import CONFIG, METRICS, SCORES, read_json
+from ..surgery import PLAN_FILE
+
+STAGES = ("base", "pruned", "recovered", "quantized")
+VALIDATION, QUANTIZATION = "validate.json", "quantization.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Figures of the network at one point of the run; None where none was taken."""
+
+    name: str
+    figures: Mapping[str, float | None]
+
+    def get(self, key: str) -> float | None:
+        return self.figures.get(key)
+
+
+@dataclass(frozen=True)
+class BudgetResult:
+    """A budget and what became of it, in the cost's own unit."""
+
+    cost: str
+    asked: float
+    predicted: float | None
+    measured: float | None
+    met: bool | None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """DI of every group's features, the score of each of its root channels (fractions of label variance), and groups left alone with the reason."""
+
+    di: Mapping[str, float]
+    channels: Mapping[str, tuple[float, ...]]
+    rho: float | None
+    images: int | None
+    left_alone: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run folder says.
+
+    Attributes:
+        table: what the latency table says of itself (`table_info`), None if the run had none.
+        data, versions, config: as recorded, for the page's last section.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    plan: PruningPlan
+    stages: tuple[Stage, ...]
+    budgets: tuple[BudgetResult, ...]
+    seconds: Mapping[str, float]
+    data: Any
+    versions: Mapping[str, Any]
+    seed: Any
+    scores: Scores | None
+    table: Mapping[str, Any] | None
+    validation: Mapping[str, Any] | None
+    quantization: Mapping[str, Any] | None
+
+    @property
+    def base(self) -> Stage:
+        return self.stages[0]
+
+    @property
+    def final(self) -> Stage:
+        return self.stages[-1]
+
+    def last(self, key: str) -> float | None:
+        """The figure of the last stage after the unpruned one that has it: sizes do not change in recovery."""
+        return next((s.get(key) for s in reversed(self.stages[1:]) if s.get(key) is not None), None)
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read and check a run folder.
+
+    Raises:
+        PlanError: no such folder, a run that never finished, or a file that is broken.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PlanError(f"expected a run folder, there is no folder {folder}")
+    missing = [name for name in (CONFIG, PLAN_FILE, METRICS) if not (folder / name).is_file()]
+    if missing:
+        raise PlanError(f"expected a finished run folder, {folder} lacks {', '.join(missing)}; finish it with --resume")
+    metrics = read_json(folder / METRICS)
+    try:
+        return _run(folder, read_json(folder / CONFIG), metrics)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PlanError(f"expected whole figures in {folder}, got {type(error).__name__}: {error}") from error
+
+
+def _run(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> Run:
+    stages = tuple(Stage(n, _figures(metrics[n], n)) for n in STAGES if metrics.get(n) is not None)
+    if not stages or stages[0].name != "base":
+        raise PlanError(f"expected figures of the unpruned network ('base') in {folder / METRICS}, got none")
+    return Run(
+        folder=folder,
+        config=config,
+        plan=PruningPlan.load(folder / PLAN_FILE),
+        stages=stages,
+        budgets=tuple(_budget(b) for b in metrics.get("budgets") or ()),
+        seconds={str(k): _number(v, k) for k, v in _mapping(metrics.get("seconds"), "seconds").items()},
+        data=metrics.get("data"),
+        versions=_mapping(metrics.get("versions"), "versions"),
+        seed=metrics.get("seed"),
+        scores=_scores(folder / SCORES),
+        table=_mapping(metrics.get("latency_table"), "latency_table") or None,
+        validation=_optional(folder / VALIDATION),
+        quantization=_optional(folder / QUANTIZATION),
+    )
+
+
+def _figures(section: Any, name: str) -> dict[str, float | None]:
+    return {str(k): _optional_number(v, f"{name}.{k}") for k, v in _mapping(section, name).items()
+            if v is None or isinstance(v, (int, float))}  # fmt: skip
+
+
+def _budget(entry: Any) -> BudgetResult:
+    entry = _mapping(entry, "budgets")
+    met = entry.get("met")
+    if met is not None and not isinstance(met, bool):
+        raise TypeError(f"budgets.met is {met!r}, neither true nor false")
+    return BudgetResult(str(entry["cost"]), _number(entry["asked"], "budgets.asked"),
+                        _optional_number(entry.get("predicted"), "budgets.predicted"),
+                        _optional_number(entry.get("measured"), "budgets.measured"), met)  # fmt: skip
+
+
+def _scores(path: Path) -> Scores | None:
+    data = _optional(path)
+    if data is None:
+        return None
+    channels = {str(n): tuple(_number(v, f"scores.{n}") for v in values)
+                for n, values in _mapping(data.get("scores"), "scores").items()}  # fmt: skip
+    di = {str(n): _number(v, f"di.{n}") for n, v in _mapping(data.get("di"), "di").items()}
+    rho, images = _optional_number(data.get("rho"), "rho"), _optional_number(data.get("images"), "images")
+    left_alone = {str(n): str(note) for n, note in _mapping(data.get("left_alone"), "left_alone").items()}
+    return Scores(di, channels, rho, None if images is None else int(images), left_alone)
+
+
+def _optional(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.is_file() else None
+
+
+def _mapping(section: Any, name: str) -> Mapping[str, Any]:
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping):
+        raise TypeError(f"{name} is a {type(section).__name__}, not an object")
+    return section
+
+
+def _number(number: Any, name: str) -> float:
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name} is {number!r}, not a number")
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}, not a finite number")
+    return float(number)
+
+
+def _optional_number(number: Any, name: str) -> float | None:
+    return None if number is None else _number(number, name)
