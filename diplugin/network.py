@@ -184,7 +184,8 @@ def _layer_spec(name: str, module: Any, x: Tensor, y: Tensor, activation: str | 
     if isinstance(module, nn.Linear):
         return LayerSpec(name, "linear", module.in_features, module.out_features, *shapes, (), (), (), (), 1, bias,
                          activation)  # fmt: skip
-    channels = x.shape[-1] if isinstance(module, nn.LayerNorm) else x.shape[1]
+    # A LayerNorm's own shape, not its input's: subclasses for maps [N, C, H, W] move the channels inside.
+    channels = module.normalized_shape[-1] if isinstance(module, nn.LayerNorm) else x.shape[1]
     return LayerSpec(name, "norm", channels, channels, *shapes, bias=bias, activation=activation)
 
 

@@ -60,7 +60,8 @@ def _params_term(trace: NetworkTrace, name: str, shape: tuple[int, ...], layers:
         return _bare_parameter_term(trace, name, owner, shape)
     inside, outside = _sides(trace, layer)
     if layer.op == "norm" or leaf != "weight":
-        return Term(_groups(outside), lambda w: float(outside.at(w)))
+        per_channel = prod(shape) // layer.out_channels
+        return Term(_groups(outside), lambda w: float(per_channel * outside.at(w)))
     window = prod(layer.kernel)
 
     def weight(widths: Widths) -> float:
@@ -77,6 +78,8 @@ def _bare_parameter_term(trace: NetworkTrace, name: str, owner: str, shape: tupl
         for member in group.members:
             if member.layer in (name, owner) and member.kind in ("parameter", "prelu", "embedding"):
                 rest = size // len(member.channels)
+                if rest == 0:  # a PReLU with one slope for all channels keeps it
+                    break
                 side = trace.width(member.layer, "out", len(member.channels))
                 return Term((group.name,), lambda w: float(rest * side.at(w)))
     return Term((), lambda _: float(size))
