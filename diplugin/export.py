@@ -27,6 +27,8 @@ from torch.utils import _pytree as pytree
 from .errors import DataError, ModelError, UserError
 from .features import device_of, labels_of
 from .groups import first_line, traceable
+from .plan import PruningPlan
+from .surgery import PLAN_FILE, load_pruned
 
 OPSET = 18
 RELATIVE_TOLERANCE = 1e-3
@@ -101,6 +103,25 @@ def export_onnx(
             difference, scale = _compare(proto, references)
     size = _write(path, proto)
     return ExportCheck(path, size / 1e6, difference, scale, len(references) > 1)
+
+
+def export_run(
+    folder: str | Path, fresh_model: nn.Module, path: str | Path, *, dynamic_batch: bool = True
+) -> ExportCheck:
+    """Export the pruned network of a run folder, rebuilt from its plan and weights.
+
+    Args:
+        folder: holds `plan.json` and `weights.safetensors`.
+        fresh_model: the unpruned architecture, with any weights; it is pruned in place.
+
+    Raises:
+        PlanError: the folder holds no plan or weights for this architecture.
+        ModelError: as in `export_onnx`.
+    """
+    model = load_pruned(fresh_model, folder)
+    generator = torch.Generator().manual_seed(0)
+    inputs = tuple(spec.example(generator) for spec in PruningPlan.load(Path(folder) / PLAN_FILE).inputs)
+    return export_onnx(model, inputs, path, dynamic_batch=dynamic_batch)
 
 
 def run_onnx(source: str | Path | bytes, inputs: Sequence[Any], threads: int = 1) -> list[np.ndarray]:
