@@ -45,8 +45,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PlanError(f"expected a folder that can be made at {path}, got {error}") from error
-        if held and not resume:
-            raise PlanError(f"expected an empty folder, {self.path} holds {held[0]}; choose another, or --resume")
+        if not resume:
+            refuse_held(self.path)
         if resume and (self.path / CONFIG).exists():
             self._check_same(config)
         elif held:
@@ -97,6 +97,16 @@ class RunFolder:
         self.finish()
         if self._fresh and not any(self.path.iterdir()):
             self.path.rmdir()
+
+
+def refuse_held(path: str | Path) -> None:
+    """Raise PlanError if there is anything in this folder, or if it is no folder."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise PlanError(f"expected a folder for the run at {path}, there is a file")
+    held = sorted(p.name for p in path.iterdir()) if path.exists() else []
+    if held:
+        raise PlanError(f"expected an empty folder, {path} holds {held[0]}; choose another, or --resume a killed run")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -195,12 +195,12 @@ def _loader(dataset: Dataset[Any], batch_size: int) -> DataLoader[Any]:
 
 
 def _digits(batch_size: int) -> DataSource:
-    """scikit-learn's 1,797 digits as 16 x 16 images, every fifth one for testing."""
+    """scikit-learn's 1,797 digits as 24 x 24 images, every fifth one for testing."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     small = torch.from_numpy(digits.images)[:, None].float()
-    images = torch.nn.functional.interpolate(small, size=(16, 16), mode="bilinear", align_corners=False)
+    images = torch.nn.functional.interpolate(small, size=(24, 24), mode="bilinear", align_corners=False)
     x = (images * (255 / 16)).round().clamp(0, 255).to(torch.uint8).numpy()
     y = np.asarray(digits.target)
     tests = np.arange(len(y)) % 5 == 4

@@ -1,0 +1,7 @@
+"""`python -m diplugin` is the `diplugin` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

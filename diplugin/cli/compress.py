@@ -1,0 +1,72 @@
+"""`diplugin compress`: a model, data and budgets become a smaller model with its proof."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .common import Teller, add_data, add_model, data_of, model_of, positive, print_metrics
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "compress", help="prune a model to its budgets, recover, export and report",
+        description="Budgets: macs=0.5 (a fraction of the unpruned cost), macs=60M, params=1M, latency_ms=12ms, "
+        "memory_mb=2MB. Repeat --budget for several at once.",
+    )  # fmt: skip
+    add_model(parser)
+    add_data(parser)
+    parser.add_argument("--budget", action="append", required=True, metavar="COST=VALUE", help="repeatable")
+    parser.add_argument("--table", metavar="FILE|NAME", help="latency table, for a latency_ms budget")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder, new or empty")
+    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="of recovery; 0 for none (default 5)")
+    parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate of recovery (default 0.02)")
+    parser.add_argument("--no-teacher", action="store_true", help="fine-tune on the labels alone")
+    parser.add_argument("--no-compensation", action="store_true", help="do not fold removed channels into the rest")
+    parser.add_argument("--rho", type=float, default=10.0, help="relative ridge of DI (default 10)")
+    parser.add_argument("--floor", type=float, default=0.1, help="fraction of every group that stays (default 0.1)")
+    parser.add_argument("--align", type=positive, default=1, help="widths are multiples of this (default 1)")
+    parser.add_argument("--images", type=positive, default=2000, help="training images scored (default 2000)")
+    parser.add_argument("--bits", metavar="SIZE", help="also quantize, to a size such as size_mb=0.3MB")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was killed")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..costs import Budget
+    from ..pipeline import compress
+    from ..recovery import Distillation, FineTuning
+    from ..run_folder import refuse_held
+    from ..search import SearchLimits
+    from ..tables import LatencyTable
+
+    budgets = [Budget.parse(text) for text in args.budget]
+    if not args.resume:
+        refuse_held(args.out)
+    table = LatencyTable.load(args.table) if args.table else None
+    recovery = None
+    if args.epochs:
+        recovery = (FineTuning if args.no_teacher else Distillation)(epochs=args.epochs, lr=args.lr)
+    model, inputs = model_of(args)
+    data = data_of(args)
+    with Teller() as tell:
+        result = compress(
+            model, data.train, example_inputs=inputs, budgets=budgets, latency_table=table, recovery=recovery,
+            bits=_bits(args.bits), out=args.out, test_loader=data.test, augment=data.augment, rho=args.rho,
+            limits=SearchLimits(floor=args.floor, align=args.align), compensation=not args.no_compensation,
+            images=args.images, seed=args.seed, resume=args.resume, tell=tell,
+        )  # fmt: skip
+    print_metrics(result.metrics)
+    print(f"open {args.out / 'report.html'}")
+    return 0
+
+
+def _bits(text: str | None) -> Any:
+    if text is None:
+        return None
+    from ..costs import Budget
+    from ..quantize import Bits
+
+    return Bits(budgets=(Budget.parse(text),))

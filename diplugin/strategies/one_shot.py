@@ -1,0 +1,77 @@
+"""One shot: score the unpruned network once, search once, cut once.
+
+The strategy that the others are measured against, and the default: re-scoring after every few cuts costs more and
+keeps less (see the study under benchmarks/).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..costs import Budget, CostModel
+from ..features import CHUNK_SIZE, Forward, GetLabels, forward_inputs, labels_of
+from ..network import NetworkTrace
+from ..plan import PruningPlan
+from ..recovery import compensate, recalibrate_batchnorm
+from ..scoring import GroupScores, score_groups
+from ..search import FixedScores, SearchLimits, greedy_search
+from ..surgery import apply_plan
+from ..taps import AfterActivation, Tap
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """How a plan is made and carried out without a gradient step.
+
+    Attributes:
+        rho: relative ridge of DI.
+        tap: which tensors are scored.
+        limits: floor and alignment of the widths.
+        compensation: fold removed channels into the weights that read the kept ones.
+        images: training images used for scores, moments and BatchNorm statistics.
+    """
+
+    rho: float = 10.0
+    tap: Tap = field(default_factory=AfterActivation)
+    limits: SearchLimits = field(default_factory=SearchLimits)
+    compensation: bool = True
+    images: int = 2000
+    get_labels: GetLabels = labels_of
+    forward: Forward = forward_inputs
+
+    def score(self, model: nn.Module, loader: Iterable[Any], trace: NetworkTrace) -> GroupScores:
+        """DI of every prunable group."""
+        return score_groups(model, first_images(loader, self.images), trace.groups, rho=self.rho, tap=self.tap,
+                            get_labels=self.get_labels, forward=self.forward, chunk_size=CHUNK_SIZE)  # fmt: skip
+
+    def search(
+        self, trace: NetworkTrace, scores: GroupScores, costs: Sequence[CostModel], budgets: Sequence[Budget]
+    ) -> PruningPlan:
+        """The plan for these scores."""
+        return greedy_search(trace, FixedScores(trace.prunable, scores.scores), costs, budgets, self.limits)
+
+    def carve(self, model: nn.Module, loader: Iterable[Any], trace: NetworkTrace, plan: PruningPlan) -> nn.Module:
+        """A pruned, compensated and recalibrated copy of the model."""
+        pruned = copy.deepcopy(model)
+        if self.compensation:
+            compensate(pruned, loader, trace, plan, images=self.images, forward=self.forward)
+        apply_plan(pruned, plan)
+        return recalibrate_batchnorm(pruned, loader, images=self.images, forward=self.forward)
+
+
+def first_images(loader: Iterable[Any], images: int) -> Iterable[Any]:
+    """Batches of a loader until `images` images have gone by."""
+    import torch
+
+    seen = 0
+    for batch in loader:
+        if seen >= images:
+            return
+        yield batch
+        leaves = torch.utils._pytree.tree_leaves(batch)
+        seen += next((len(x) for x in leaves if isinstance(x, torch.Tensor) and x.ndim), 1)
