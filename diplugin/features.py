@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .discriminant import ChunkScores, ScoreAverage, chunk_scores, label_targets, warn_if_saturated
-from .errors import DataError, ModelError
+from .errors import DataError, DipluginError, ModelError
 from .groups import first_line
 from .taps import TapPoint
 
@@ -138,26 +138,41 @@ def score_points(
     """
     seen = observation or Observation()
     averages = {point: ScoreAverage() for point in points}
-    batches = 0
+    batches = told_apart = 0
     with observing(model, points) as scene, torch.no_grad():
         for batch in chunks(loader, seen.chunk_size):
             batches += 1
             targets = _targets(seen, batch)
             if targets is None:
                 continue
+            told_apart += 1
             scene.start(targets, seen.rho)
-            seen.forward(model, to_device(batch, device_of(model)))
+            _run(seen.forward, model, to_device(batch, device_of(model)))
             for point, scored in scene.finish().items():
                 averages[point].add(scored)
     if not batches:
         raise DataError("expected a loader that yields batches, got an empty one")
-    if points and not any(average.images for average in averages.values()):
-        raise DataError("expected labels that differ within every chunk of images: shuffle the data, or check the labels")
+    if not told_apart:
+        raise DataError("expected labels that differ within a chunk of images: shuffle the data, or check the labels")
+    if scene.misfits and not any(average.images for average in averages.values()):
+        raise DataError(next(iter(scene.misfits.values())))
     results = {point: average.result() for point, average in averages.items() if average.images}
     if results:
         point = max(results, key=lambda p: results[p].di)
         warn_if_saturated(results[point].di, point.layer)
     return results
+
+
+def _run(forward: Forward, model: nn.Module, batch: Any) -> None:
+    try:
+        forward(model, batch)
+    except DipluginError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"expected a model that runs on the batches, got {type(error).__name__}: {first_line(error)}; "
+            "check the inputs' shape, or pass forward="
+        ) from error
 
 
 def _targets(seen: Observation, batch: Any) -> Tensor | None:
@@ -171,9 +186,14 @@ def _targets(seen: Observation, batch: Any) -> Tensor | None:
 
 
 class Scene:
-    """The hooks' notebook for one chunk."""
+    """The hooks' notebook for one chunk.
+
+    A tensor that is not one feature map an image (the table of a relative position bias, say) says nothing about
+    labels: it is passed over and noted in `misfits`.
+    """
 
     def __init__(self) -> None:
+        self.misfits: dict[TapPoint, str] = {}
         self._targets: Tensor | None = None
         self._rho = 0.0
         self._scores: dict[TapPoint, list[ChunkScores]] = {}
@@ -184,12 +204,16 @@ class Scene:
     def see(self, point: TapPoint, features: Tensor, channel_dim: int) -> None:
         if self._targets is None:
             return
+        where = f"{'input' if point.side == 'in' else 'output'} of {point.layer or 'the model'}"
+        images = len(self._targets)
+        maps, channel_dim = _per_image(features, images, channel_dim)
+        if len(maps) != images:
+            self.misfits[point] = f"{where}: expected {images} maps, one a label, got {len(maps)}; check the labels"
+            return
         try:
-            scored = chunk_scores(_per_image(features, len(self._targets)), self._targets, self._rho,
-                                  channel_dim=channel_dim)  # fmt: skip
+            scored = chunk_scores(maps, self._targets, self._rho, channel_dim=channel_dim)
         except DataError as error:
-            where = "input" if point.side == "in" else "output"
-            raise DataError(f"{where} of {point.layer or 'the model'}: {error}") from error
+            raise DataError(f"{where}: {error}") from error
         self._scores.setdefault(point, []).append(scored)
 
     def finish(self) -> dict[TapPoint, ChunkScores]:
@@ -203,12 +227,20 @@ def _mean(calls: list[ChunkScores]) -> ChunkScores:
     return replace(calls[0], scores=scores, di=sum(c.di for c in calls) / len(calls))
 
 
-def _per_image(features: Tensor, images: int) -> Tensor:
-    """Windowed models fold positions into the batch: [N·k, ...] is unfolded to [N, k, ...]."""
+def _per_image(features: Tensor, images: int, channel_dim: int) -> tuple[Tensor, int]:
+    """(maps with one row an image, their channel dimension).
+
+    Windowed models fold positions into the batch: [N·k, ...] is unfolded to [N, k, ...]. Sequences that come first,
+    [T, N, C], are turned around.
+    """
     rows = len(features)
-    if rows == images or images == 0 or rows % images:
-        return features
-    return features.unflatten(0, (images, rows // images))
+    if rows == images or features.ndim < 2:
+        return features, channel_dim
+    if channel_dim == -1 and features.ndim > 2 and features.shape[1] == images:
+        return features.transpose(0, 1), -1
+    if rows % images or rows == 0:
+        return features, channel_dim
+    return features.unflatten(0, (images, rows // images)), 2 if channel_dim == 1 else channel_dim
 
 
 @contextmanager
@@ -234,14 +266,23 @@ def observing(model: nn.Module, points: Sequence[TapPoint]) -> Iterator[Scene]:
 
 
 def _attach(scene: Scene, point: TapPoint, module: nn.Module) -> Any:
-    # Linear layers and LayerNorm hold their channels last, everything else right behind the batch.
-    channel_dim = -1 if isinstance(module, (nn.Linear, nn.LayerNorm)) else 1
-
     def see(tensor: Any) -> None:
         if isinstance(tensor, Tensor):
-            folded = channel_dim == 1 and scene._targets is not None and len(tensor) != len(scene._targets)
-            scene.see(point, tensor, 2 if folded else channel_dim)
+            scene.see(point, tensor, _channel_dim(module, tensor))
 
     if point.side == "in":
         return module.register_forward_pre_hook(lambda _, args: see(args[0] if args else None))
     return module.register_forward_hook(lambda _module, _args, output: see(output))
+
+
+def _channel_dim(module: nn.Module, tensor: Tensor) -> int:
+    """Linear layers and LayerNorm hold their channels last, everything else right behind the batch.
+
+    A LayerNorm over maps [N, C, H, W], as ConvNeXt's, is a subclass that turns its input around by itself.
+    """
+    if isinstance(module, nn.Linear):
+        return -1
+    if isinstance(module, nn.LayerNorm):
+        channels = module.normalized_shape[-1]
+        return 1 if tensor.ndim > 2 and tensor.shape[-1] != channels and tensor.shape[1] == channels else -1
+    return 1

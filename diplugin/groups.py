@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import gcd
@@ -115,8 +115,13 @@ def traceable(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def dependency_graph(model: nn.Module, example_inputs: tuple[Any, ...]) -> tp.DependencyGraph:
+def dependency_graph(
+    model: nn.Module, example_inputs: tuple[Any, ...], forward: Callable[[nn.Module, Any], Any] | None = None
+) -> tp.DependencyGraph:
     """torch-pruning's graph of the model; modes and `requires_grad` are left as they were.
+
+    Args:
+        forward: runs the model on the inputs; None for `model(*example_inputs)`.
 
     Raises:
         ModelError: the model does not run on the example inputs.
@@ -128,7 +133,7 @@ def dependency_graph(model: nn.Module, example_inputs: tuple[Any, ...]) -> tp.De
     with traceable(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return tp.DependencyGraph().build_dependency(model, example_inputs, verbose=False)
+            return tp.DependencyGraph().build_dependency(model, example_inputs, forward_fn=forward, verbose=False)
         except Exception as error:
             shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in example_inputs]
             raise ModelError(
@@ -164,8 +169,12 @@ def trace_groups(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[Chan
 
 
 def group_from_torch_pruning(graph: tp.DependencyGraph, group: Any) -> ChannelGroup:
-    """A `ChannelGroup` with the same members as one of torch-pruning's full groups."""
+    """A `ChannelGroup` with the same members as one of torch-pruning's groups.
+
+    Root channels are numbered by their place in `group[0].idxs`, which for a full group is the channel itself.
+    """
     channels, blocks, notes = len(group[0].idxs), 1, []
+    place: dict[int | None, int] = {index: i for i, index in enumerate(group[0].idxs)}
     members: list[GroupMember] = []
     for item in group.items:
         node, kind = item.dep.target, item.dep.target.type
@@ -175,8 +184,8 @@ def group_from_torch_pruning(graph: tp.DependencyGraph, group: Any) -> ChannelGr
         if kind not in _OPTYPE_NAMES:
             notes.append(f"{name} is a {type(node.module).__name__}, which is not pruned here")
             continue
-        roots = item.root_idxs
-        if roots is None or any(r is None for r in roots):
+        roots = [place.get(root, -1) for root in item.root_idxs or (None,)]
+        if min(roots, default=0) < 0:
             notes.append(f"torch-pruning does not map the channels of {name}")
             continue
         for side in _sides(graph, item.dep, kind):

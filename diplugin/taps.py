@@ -2,7 +2,8 @@
 
 A *tap* is an object that picks members of a group; the tensor at each of them is scored as a whole (a channel's score
 depends on the channels beside it), and the scores of its channels are summed onto the group's root channels, which is
-exact for the squared Frobenius norms that first-order DI consists of. Several tensors' scores are averaged.
+exact for the squared Frobenius norms that first-order DI consists of. What several tensors say of one channel is put
+together by the tap's `combine` object, their mean unless told otherwise.
 
 | tap | tensor | when |
 |---|---|---|
@@ -42,9 +43,44 @@ class Tap(Protocol):
     def members(self, group: ChannelGroup) -> tuple[GroupMember, ...]: ...
 
 
+class Combine(Protocol):
+    """One score a channel from what several tensors say: [tensors, channels] -> [channels].
+
+    NaN marks a channel that a tensor does not hold; every channel is held by one tensor at least.
+    """
+
+    def __call__(self, scores: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The average over the tensors that hold the channel."""
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return scores.nanmean(0)
+
+
+@dataclass(frozen=True)
+class Total:
+    """The sum: a channel that many layers read counts for each of them."""
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return scores.nansum(0)
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The score where the channel matters most."""
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return scores.nan_to_num(-torch.inf).amax(0)
+
+
 @dataclass(frozen=True)
 class AtLayer:
     """Score the output of the convolutions and linear layers that produce the channels."""
+
+    combine: Combine = Mean()
 
     def members(self, group: ChannelGroup) -> tuple[GroupMember, ...]:
         return group.side("out") or group.side("out", ("depthwise",))
@@ -54,6 +90,8 @@ class AtLayer:
 class AfterActivation:
     """Score the channels as the next convolutions and linear layers read them."""
 
+    combine: Combine = Mean()
+
     def members(self, group: ChannelGroup) -> tuple[GroupMember, ...]:
         readers = group.side("in") or group.side("in", ("depthwise",))
         return readers or AtLayer().members(group)
@@ -62,6 +100,8 @@ class AfterActivation:
 @dataclass(frozen=True)
 class AtNorm:
     """Score the output of the group's normalisation layers, falling back to the producers'."""
+
+    combine: Combine = Mean()
 
     def members(self, group: ChannelGroup) -> tuple[GroupMember, ...]:
         return group.side("out", _NORM_KINDS) or AtLayer().members(group)
@@ -79,12 +119,24 @@ def root_scores(group: ChannelGroup, tap: Tap, at: Callable[[TapPoint], Tensor |
         at: scores [channels of that tensor] of a tap point, None where the layer never ran.
 
     Returns:
-        float64 [group.channels], the mean over the tensors that ran; None if none of them did.
+        float64 [group.channels]; None if none of the tensors ran. A channel that only tensors which never ran hold
+        is given the group's largest score: nothing is known against it.
     """
-    totals: list[Tensor] = []
+    rows: list[Tensor] = []
     for member in tap.members(group):
         scores = at(TapPoint(member.layer, member.side))
         if scores is not None:
             channels, roots = torch.tensor(member.channels), torch.tensor(member.roots)
-            totals.append(torch.zeros(group.channels, dtype=torch.float64).index_add_(0, roots, scores[channels].cpu()))
-    return torch.stack(totals).mean(0) if totals else None
+            row = torch.zeros(group.channels, dtype=torch.float64)
+            row.index_add_(0, roots, scores[channels].to(row))
+            held = torch.zeros(group.channels, dtype=torch.bool).index_fill_(0, roots, True)
+            rows.append(row.masked_fill(~held, torch.nan))
+    if not rows:
+        return None
+    stacked = torch.stack(rows)
+    known = ~stacked.isnan().all(0)
+    combine: Combine = getattr(tap, "combine", Mean())
+    combined = torch.zeros(group.channels, dtype=torch.float64)
+    combined[known] = combine(stacked[:, known])
+    combined[~known] = combined[known].max()
+    return combined

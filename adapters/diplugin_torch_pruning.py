@@ -1,0 +1,364 @@
+"""`DIImportance`: Discriminant Information as an importance of torch-pruning's pruners.
+
+A criterion of torch-pruning sees weights; DI needs data, so `fit` runs the model once over a loader and keeps one
+vector of scores for every tensor that a channel group may ask for. Called with a group, the importance turns its
+members into a `ChannelGroup`, asks its tap which tensors speak for it, and adds their scores up on the group's root
+channels. Nothing else is assumed about the pruner: local, global, isomorphic, iterative and interactive pruning,
+groups of all channels or of some.
+
+    importance = diplugin.DIImportance().fit(model, loader)
+    tp.pruner.BasePruner(model, (x,), importance=importance, global_pruning=True, pruning_ratio=0.5).step()
+
+Channels leave while scores stay: they are followed through the pruner's history, so that later steps of an iterative
+schedule rank the survivors by the scores of the network that was fitted, with a `StaleScoresWarning`; `refit=True`
+scores afresh instead.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from diplugin.discriminant.targets import check_positive
+from diplugin.errors import DataError, ModelError, NotFittedError, StaleScoresWarning
+from diplugin.features import (
+    CHUNK_SIZE,
+    Forward,
+    GetLabels,
+    Observation,
+    device_of,
+    forward_inputs,
+    labels_of,
+    to_device,
+)
+from diplugin.fitted_scores import WEIGHTED, ChannelCost, FittedScores, fit_scores, record_of, weighted_layers, width_of
+from diplugin.groups import ChannelGroup, dependency_graph, group_from_torch_pruning
+from diplugin.survivors import Survivors
+from diplugin.taps import AfterActivation, AtLayer, Tap, TapPoint, points_of, root_scores
+
+__all__ = ["DIImportance", "Explanation"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why the channels of a group rank as they do.
+
+    Attributes:
+        group: qualified name of the layer at the group's root.
+        note: why the group is left alone; empty if it is scored.
+        scores: [channels] what the pruner is given; None if the group is left alone.
+        losses: [channels] the same as DI losses, fractions of label variance.
+        tensors: for every tensor that speaks for the group: where it is, its DI, and its own scores of the channels.
+    """
+
+    group: str
+    note: str
+    scores: Tensor | None
+    losses: Tensor | None
+    tensors: tuple[tuple[TapPoint, float, Tensor], ...]
+
+    def __str__(self) -> str:
+        if self.losses is None:
+            return f"{self.group}: left alone, {self.note}"
+        order = torch.argsort(self.losses).tolist()
+        lines = [f"{self.group}: {len(order)} channels, first to go {order[:8]}, last {order[-8:]}"]
+        for point, di, scores in self.tensors:
+            where = "input of" if point.side == "in" else "output of"
+            lines.append(f"  {where} {point.layer}: DI {di:.3f}, channels' losses {float(scores.min()):.2e} to "
+                         f"{float(scores.max()):.2e}")  # fmt: skip
+        return "\n".join(lines)
+
+
+class DIImportance(tp.importance.Importance):
+    """First-order DI loss of every channel of a group, for any pruner of torch-pruning.
+
+    Args:
+        rho: ridge relative to the mean energy of an image.
+        tap: which tensors speak for a group and how they are put together, see `diplugin.taps`.
+        get_labels: labels of a batch, for batches that are not (inputs, labels).
+        forward: `forward(model, batch)`, for the same.
+        per_cost: what a channel's loss is divided by, such as `fitted_scores.MACs()`; None for the loss itself.
+        class_weight: None, or "balanced": every class counts the same.
+        chunk_size: images per DI problem; scores of different sizes do not compare.
+        refit: keep model and loader, and score afresh whenever channels have left; the loader must be one that can
+            be iterated again.
+
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
+    >>> x, y = torch.randn(64, 3, 8, 8), torch.arange(64) % 2
+    >>> importance = DIImportance().fit(net, [(x, y)])
+    >>> pruner = tp.pruner.BasePruner(net, (x[:1],), importance, pruning_ratio=0.5, ignored_layers=[net[3]])
+    >>> pruner.step()
+    >>> net[0].out_channels, net[3].in_features
+    (4, 144)
+    """
+
+    def __init__(
+        self,
+        rho: float = 10.0,
+        tap: Tap | None = None,
+        get_labels: GetLabels | None = None,
+        forward: Forward | None = None,
+        *,
+        per_cost: ChannelCost | None = None,
+        class_weight: str | None = None,
+        chunk_size: int = CHUNK_SIZE,
+        refit: bool = False,
+    ) -> None:
+        self.tap: Tap = AfterActivation() if tap is None else tap
+        self.per_cost, self.refit = per_cost, refit
+        self._observation = Observation(
+            labels_of if get_labels is None else get_labels, forward_inputs if forward is None else forward,
+            check_positive(rho, "rho"), class_weight, chunk_size,
+        )  # fmt: skip
+        self._fitted: FittedScores | None = None
+        self._again: tuple[nn.Module, Iterable[Any]] | None = None
+        self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self._survivors = Survivors({})
+        self._warned = False
+
+    def fit(self, model: nn.Module, loader: Iterable[Any]) -> DIImportance:
+        """Score the model on calibration data; returns self.
+
+        Args:
+            model: run in eval mode without gradients, left as it was.
+            loader: batches of (inputs, labels), or of what `get_labels` and `forward` understand. A few hundred
+                training images do.
+
+        Raises:
+            DataError: unusable data, labels or features.
+            ModelError: not a module, or one without a convolution or linear layer.
+        """
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"expected a torch.nn.Module to fit, got {type(model).__name__}")
+        if not weighted_layers(model):
+            raise ModelError("expected a model with a convolution or linear layer to score, this one has none")
+        first, batches = _peek(loader)
+        points = _points(model, first, self._observation, self.tap)
+        self._use(fit_scores(model, batches, points, self._observation))
+        self._names = weakref.WeakKeyDictionary({module: name for name, module in model.named_modules()})
+        self._again = (model, loader) if self.refit else None
+        return self
+
+    def _use(self, fitted: FittedScores) -> None:
+        self._fitted, self._warned = fitted, False
+        self._survivors = Survivors({p: len(s.scores) for p, s in fitted.points.items()})
+
+    @property
+    def fitted(self) -> FittedScores:
+        """The scores by tensor.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+        """
+        if self._fitted is None:
+            raise NotFittedError("expected DIImportance to be fitted before it is used: call fit(model, loader) first")
+        return self._fitted
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted scores as one safetensors file; what the constructor was given is not in it."""
+        self.fitted.save(path)
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> DIImportance:
+        """An importance with the scores that `save` wrote; `options` are the constructor's.
+
+        Raises:
+            PlanError: not a file of scores.
+        """
+        fitted = FittedScores.load(path)
+        importance = cls(**{**fitted.settings, **options})
+        importance._use(fitted)
+        return importance
+
+    @torch.no_grad()
+    def __call__(self, group: Any) -> Tensor | None:
+        """Importance [len(group[0].idxs)] of the group's channels; None for a group to be left alone.
+
+        Raises:
+            NotFittedError: not fitted, fitted on another model, or none of the group's layers ran.
+        """
+        scores = self.explain(group).scores
+        return None if scores is None else scores.float().to(_device(group))
+
+    def explain(self, group: Any) -> Explanation:
+        """What the importance of a group is made of."""
+        full, chosen = _full(group)
+        graph = group._DG
+        name = graph._module2name.get(group[0].dep.target.module, "")
+        note = _broken(full)
+        if note:
+            return Explanation(name, note, None, None, ())
+        converted = self._named(graph, full, group_from_torch_pruning(graph, full))
+        if not self._current(graph, full, converted) and self._again is not None:
+            self.fit(*self._again)
+        self._survivors.remember(_key(graph, full), converted)
+        rows, tap = self._tensors(converted)
+        at = {point: scores for point, _, scores in rows}
+        losses = root_scores(converted, tap, lambda point: at.get(point))
+        if losses is None:
+            where = ", ".join(dict.fromkeys(m.layer for m in converted.members)) or name
+            raise NotFittedError(f"expected a layer of the group of {name!r} to run on the data given to fit, none of "
+                                 f"these did: {where}; fit on data that reaches them, or ignore them")  # fmt: skip
+        scores = losses if self.per_cost is None else losses / self.per_cost(converted, self.fitted)
+        return Explanation(name, "", scores[chosen], losses[chosen], tuple(rows))
+
+    def _named(self, graph: Any, group: Any, converted: ChannelGroup) -> ChannelGroup:
+        """Members by the names of the model that was fitted, which the graph's model may only be a part of."""
+        renamed = {}
+        for item in group.items:
+            module = item.dep.target.module
+            if isinstance(module, nn.Module) and module in self._names:
+                renamed[graph._module2name.get(module, "")] = self._names[module]
+        members = tuple(replace(m, layer=renamed.get(m.layer, m.layer)) for m in converted.members)
+        return replace(converted, members=members)
+
+    def _tensors(self, group: ChannelGroup) -> tuple[list[tuple[TapPoint, float, Tensor]], Tap]:
+        """Scored tensors that speak for the group: the tap's, else any that holds its channels."""
+        for tap in (self.tap, AtLayer(), _AnyMember()):
+            rows = [
+                (point, self.fitted.points[point].di, self._survivors.of(point, self.fitted.points[point].scores))
+                for point in points_of([group], tap)
+                if point in self.fitted.points
+            ]
+            if rows:
+                return rows, tap
+        return [], self.tap
+
+    def _current(self, graph: Any, group: Any, converted: ChannelGroup) -> bool:
+        """Whether the scores still fit the group's layers; False asks for a new fit.
+
+        Raises:
+            NotFittedError: they do not, and there is no loader to fit again with.
+        """
+        self._survivors.follow(graph)
+        modules = {self._names.get(m, graph._module2name.get(m, "")): m for m in _modules(group)}
+        layers: dict[str, nn.Module] = {}
+        for member in _AnyMember().members(converted):
+            layer = modules.get(member.layer)
+            if layer is None or member.layer not in self.fitted.layers:
+                raise NotFittedError(f"expected a group of the model that was fitted, which had no {member.layer!r}: "
+                                     "call fit(model, loader) on the model that is pruned")  # fmt: skip
+            width, known = width_of(layer, member.side), self._survivors.count(TapPoint(member.layer, member.side))
+            if self._again is not None and (self._survivors.fewer or known not in (None, width)):
+                return False
+            if known not in (None, width):
+                raise NotFittedError(f"expected {known} channels {member.side} of {member.layer!r}, got {width}: call "
+                                     "fit(model, loader) on the model as it is now")  # fmt: skip
+            layers[member.layer] = layer
+        self._warn_if_changed(layers)
+        return True
+
+    def _warn_if_changed(self, layers: dict[str, nn.Module]) -> None:
+        for name, layer in layers.items():
+            now, was = record_of(layer), self.fitted.layers[name]
+            same_width = (now.in_channels, now.out_channels) == (was.in_channels, was.out_channels)
+            if self._warned or (same_width and abs(now.norm - was.norm) <= 1e-5 * was.norm):
+                continue
+            self._warned = True
+            what = "weights have changed" if same_width else "channels have been removed"
+            warnings.warn(
+                f"scores are of the network that was fitted, and {what} since (seen at {name!r}); "
+                "call fit again for fresh ones, or pass refit=True", StaleScoresWarning, stacklevel=5,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _AnyMember:
+    """Whatever holds the group's channels."""
+
+    def members(self, group: ChannelGroup) -> Any:
+        return tuple(m for m in group.members if m.kind in ("weighted", "depthwise"))
+
+
+def _key(graph: Any, group: Any) -> tuple[str, bool]:
+    root = group[0].dep
+    return graph._module2name[root.target.module], bool(graph.is_out_channel_pruning_fn(root.trigger))
+
+
+def _full(group: Any) -> tuple[Any, Tensor]:
+    """The group with all its root channels, and which of those the given one holds."""
+    root, graph = group[0].dep, group._DG
+    width = (graph.get_out_channels if graph.is_out_channel_pruning_fn(root.handler) else graph.get_in_channels)(
+        root.target.module
+    )
+    chosen = torch.tensor(list(group[0].idxs), dtype=torch.long)
+    if width is None or len(chosen) == width:
+        return group, torch.arange(len(chosen))
+    return graph.get_pruning_group(root.target.module, root.handler, list(range(width))), chosen
+
+
+def _broken(group: Any) -> str:
+    """Why a full group cannot be pruned soundly: it reaches only a part of a layer that it claims to own.
+
+    So it is with zero-padded and sliced shortcuts, whose shifted channels no dependency graph follows.
+    """
+    graph = group._DG
+    for item in group.items:
+        module = item.dep.target.module
+        if not isinstance(module, WEIGHTED):
+            continue
+        out = graph.is_out_channel_pruning_fn(item.dep.handler)
+        width = width_of(module, "out" if out else "in")
+        name = graph._module2name.get(module, "")
+        whole = len(set(item.idxs)) == width or getattr(module, "groups", 1) == width
+        if max(item.idxs, default=0) >= width or (out and not whole):
+            return f"it holds {len(set(item.idxs))} of {width} channels of {name}: a zero-padded or sliced shortcut"
+    return ""
+
+
+def _modules(group: Any) -> Iterator[nn.Module]:
+    return (i.dep.target.module for i in group.items if isinstance(i.dep.target.module, nn.Module))
+
+
+def _device(group: Any) -> torch.device:
+    weights = (p.device for module in _modules(group) for p in module.parameters())
+    return next(weights, torch.device("cpu"))
+
+
+def _peek(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The loader's first batch, and an iterable over all of them."""
+    if not hasattr(loader, "__iter__"):
+        raise DataError(f"expected a loader that yields batches, got {type(loader).__name__}")
+    batches = iter(loader)
+    try:
+        first = next(batches)
+    except StopIteration:
+        raise DataError("expected a loader that yields batches, got an empty one") from None
+    return first, chain([first], batches)
+
+
+def _points(model: nn.Module, batch: Any, observation: Observation, tap: Tap) -> tuple[TapPoint, ...]:
+    """Every tensor that some group of the model will ask for; all of them if its groups cannot be traced here."""
+    few = to_device(_head(batch), device_of(model))
+    try:
+        graph = dependency_graph(model, (few,), lambda model, inputs: observation.forward(model, inputs[0]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            groups = [group_from_torch_pruning(graph, group) for group in graph.get_all_groups()]
+        points = points_of(groups, tap)
+    except Exception:
+        points = ()
+    layers = weighted_layers(model)
+    modules = dict(model.named_modules())
+    known = tuple(p for p in points if p.layer in modules)
+    return known or tuple(TapPoint(name, side) for name in layers for side in ("in", "out"))
+
+
+def _head(batch: Any) -> Any:
+    """The first two images of a batch whose leaves are tensors of one length; else the batch."""
+    leaves = pytree.tree_leaves(batch)
+    lengths = {len(x) if isinstance(x, Tensor) and x.ndim else -1 for x in leaves}
+    if len(lengths) != 1 or -1 in lengths:
+        return batch
+    return pytree.tree_map(lambda x: x[:2], batch)
