@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diplugin.discriminant import (
+    EXACT,
     ChunkScores,
     ScoreAverage,
+    Sketch,
     absolute_ridge,
     backward_elimination,
     channel_scores,
@@ -353,3 +355,55 @@ def test_rank_deficient_features() -> None:
     assert bool(torch.isfinite(wide).all() and torch.isfinite(narrow).all())
     assert np.isfinite(removal_losses(features, labels).numpy()).all()
     assert isinstance(chunk_scores(features, label_targets(labels)), ChunkScores)
+
+
+def photographs(images: int, channels: int, side: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Rectified maps as networks make them: smooth over positions, channels of unlike strength, labels in some."""
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.arange(images) % classes
+    coarse = torch.randn(images, channels, side // 4, side // 4, generator=generator)
+    signal = torch.randn(classes, channels, side // 4, side // 4, generator=generator)
+    strength = torch.rand(channels, generator=generator).view(-1, 1, 1)
+    maps_ = torch.nn.functional.interpolate(coarse + strength * signal[labels], size=(side, side), mode="bilinear")
+    return (maps_ + 0.3 * torch.randn(maps_.shape, generator=generator)).relu(), labels
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+@pytest.mark.parametrize("layout", ["maps", "channels_last", "tokens"])
+@pytest.mark.parametrize("classes", [5, 80])
+def test_sketched_scores_rank_as_exact_ones(layout: str, classes: int) -> None:
+    features, labels = photographs(96, 24, 64, classes)
+    targets = label_targets(labels)
+    dim = 1
+    if layout == "channels_last":
+        features = features.to(memory_format=torch.channels_last)
+    elif layout == "tokens":
+        features, dim = features.flatten(2).transpose(1, 2).contiguous(), -1
+    exact = chunk_scores(features, targets, channel_dim=dim, sketch=EXACT)
+    sketched = chunk_scores(features, targets, channel_dim=dim)
+    assert not torch.equal(sketched.scores, exact.scores)
+    assert rank_correlation(sketched.scores, exact.scores) >= 0.99
+    torch.testing.assert_close(sketched.scores, exact.scores, rtol=0.1, atol=0)
+    assert sketched.ridge == pytest.approx(exact.ridge, rel=0.05)
+    assert sketched.di == pytest.approx(exact.di, rel=0.05)
+    again = chunk_scores(features, targets, channel_dim=dim)
+    assert torch.equal(again.scores, sketched.scores)  # the draw is fixed
+    absolute = chunk_scores(features, targets, ridge=exact.ridge, channel_dim=dim)
+    torch.testing.assert_close(absolute.scores, exact.scores, rtol=0.1, atol=0)
+
+
+def test_a_sketch_that_misses_what_varies_gives_way_to_the_exact_scores() -> None:
+    features, labels = torch.zeros(20, 4, 40, 40), torch.arange(20) % 2
+    features[:, 1, 7, 7] = labels.float()
+    targets = label_targets(labels)
+    exact = chunk_scores(features, targets, sketch=EXACT)
+    assert float(exact.scores[1]) > 0
+    torch.testing.assert_close(chunk_scores(features, targets, sketch=Sketch(columns=50)).scores, exact.scores)
+    features[3, 2, 9, 9] = math.nan  # in a position that is not drawn
+    features[:, 0] = torch.randn(20, 40, 40, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(DataError, match="NaN"):
+        chunk_scores(features, targets, sketch=Sketch(columns=3000))

@@ -27,13 +27,15 @@ from diplugin.discriminant.exact import (
     perturbation_scores,
 )
 from diplugin.discriminant.removal import Elimination, backward_elimination, removal_losses
-from diplugin.discriminant.streaming import ChunkScores, ScoreAverage, chunk_scores
+from diplugin.discriminant.streaming import EXACT, ChunkScores, ScoreAverage, Sketch, chunk_scores
 from diplugin.discriminant.targets import label_targets, warn_if_saturated
 
 __all__ = [
+    "EXACT",
     "ChunkScores",
     "Elimination",
     "ScoreAverage",
+    "Sketch",
     "absolute_ridge",
     "backward_elimination",
     "channel_scores",
