@@ -13,7 +13,7 @@ they still hold.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from .costs import Budget, CostModel
 from .errors import BudgetError, InfeasibleBudget, ModelError
+from .groups import ChannelGroup
 from .network import NetworkTrace
 from .plan import PathPoint, PlannedCost, PruningPlan
-from .groups import ChannelGroup
 
 _LOOK_AHEAD = 12
 _LEVELS = 128
@@ -148,6 +148,16 @@ def _infeasible(state: _State, budgets: Sequence[Budget]) -> InfeasibleBudget:
     )
 
 
+def _exceeds(model: CostModel, limit: float, estimate: float, widths: Mapping[str, int]) -> bool:
+    """Whether a cost is over its limit; sums of changes carry rounding, so near the limit it is computed afresh."""
+    return (estimate if abs(estimate - limit) > 1e-9 * limit else model.cost(widths)) > limit
+
+
+def _guide(model: CostModel) -> CostModel:
+    """The cost that moves are judged by: a model's smooth stand-in if it offers one."""
+    return getattr(model, "guide", model)
+
+
 @dataclass
 class _State:
     """The structure on its way down."""
@@ -190,7 +200,7 @@ class _State:
         return sorted(widths)
 
     def violated(self) -> list[tuple[CostModel, float]]:
-        return [(model, limit) for model, limit in self.limits if self.now[model.name] > limit * (1 + 1e-12)]
+        return [(m, limit) for m, limit in self.limits if _exceeds(m, limit, self.now[m.name], self.widths)]
 
     def _pressure(self) -> float:
         return max((self.now[m.name] / m.base for m, _ in self.limits if m.base), default=0.0)
@@ -205,10 +215,21 @@ class _State:
             if name not in self._moves:
                 self._moves[name] = self._best_width(name, violated)
         ranked = [(move[0], name, move[1]) for name, move in self._moves.items() if move is not None]
-        if not ranked:
-            return None
-        _, name, width = min(ranked)
-        return name, width
+        _, name, width = min(ranked or self._sidesteps(violated), default=(0.0, "", 0))
+        return (name, width) if name else None
+
+    def _sidesteps(self, violated: Sequence[tuple[CostModel, float]]) -> Iterator[tuple[float, str, int]]:
+        """(loss, group, next width) of moves that free nothing by themselves and cost nothing either.
+
+        Where layers tie for a maximum only several groups together lower it. What was given up in vain on the way is
+        given back in the end.
+        """
+        for name, here in self.widths.items():
+            below = bisect_left(self.allowed[name], here) - 1
+            if below >= 0:
+                width = self.allowed[name][below]
+                if all(m.change(self.widths, name, width) <= 1e-12 * m.base for m, _ in violated):
+                    yield self._loss_of(name, width), name, width
 
     def _best_width(self, name: str, violated: Sequence[tuple[CostModel, float]]) -> tuple[float, int] | None:
         allowed, here = self.allowed[name], self.widths[name]
@@ -218,7 +239,7 @@ class _State:
         best: tuple[float, int] | None = None
         for width in ahead:
             # Costs relative to the unpruned network, so that milliseconds and MACs weigh alike.
-            freed = sum(-m.change(self.widths, name, width) / m.base for m, _ in violated)
+            freed = sum(-_guide(m).change(self.widths, name, width) / m.base for m, _ in violated)
             if freed > 1e-12:
                 ratio = self._loss_of(name, width) / freed
                 if best is None or ratio < best[0]:
@@ -250,7 +271,7 @@ class _State:
         """Moves of the groups whose costs depend on this one's width are stale."""
         neighbours: set[str] | None = {name}
         for model in self.costs:
-            touched = getattr(model, "neighbours", lambda _: None)(name)
+            touched = getattr(_guide(model), "neighbours", lambda _: None)(name)
             if touched is None:
                 neighbours = None
                 break
@@ -276,7 +297,8 @@ class _State:
             name = max(gains, key=lambda n: gains[n][0])
             width = gains[name][1]
             after = {m.name: self.now[m.name] + m.change(self.widths, name, width) for m, _ in self.limits}
-            if width == self.widths[name] or any(after[m.name] > limit for m, limit in self.limits):
+            wider = {**self.widths, name: width}
+            if width == self.widths[name] or any(_exceeds(m, x, after[m.name], wider) for m, x in self.limits):
                 blocked.add(name)
                 continue
             self.loss += self._loss_of(name, width)

@@ -19,9 +19,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diplugin.costs import CostModel, PeakActivationMemory, SeparableCost, layer_macs, macs, params
+from diplugin.costs import Budget, CostModel, PeakActivationMemory, SeparableCost, layer_macs, macs, params
 from diplugin.network import NetworkTrace, trace_network
 from diplugin.plan import PruningPlan
+from diplugin.search import FixedScores, greedy_search
 from diplugin.surgery import apply_plan
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
@@ -189,6 +190,24 @@ def test_macs_scale_with_the_batch_and_params_do_not(make_net: MakeNet) -> None:
     assert macs(four).base == 4 * macs(one).base
     assert params(four).base == params(one).base
     assert PeakActivationMemory(four).base == pytest.approx(4 * PeakActivationMemory(one).base)
+
+
+def test_the_guide_falls_with_every_layer_that_ties_for_the_peak() -> None:
+    """Three equal layers: the peak moves only when two groups narrow, its stand-in with each of them."""
+    convs = [nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(5)]
+    model, inputs = nn.Sequential(*convs), (torch.randn(1, 3, 8, 8),)
+    trace = trace_network(model, inputs)
+    cost = PeakActivationMemory(trace)
+    widths = trace.base_widths
+    assert len(widths) == 4
+    assert cost.guide.cost(widths) == pytest.approx(cost.base)
+    for name in widths:
+        assert cost.change(widths, name, 4) == 0
+        assert cost.guide.change(widths, name, 4) < -0.01 * cost.base
+    scores = {name: torch.rand(8, dtype=torch.float64) for name in widths}
+    plan = greedy_search(trace, FixedScores(trace.prunable, scores), [cost], [Budget("memory_mb", fraction=0.6)])
+    pruned = apply_plan(model, plan)
+    assert peak_memory_mb(pruned, inputs) <= 0.6 * cost.base
 
 
 class ChannelsFirstNorm(nn.LayerNorm):

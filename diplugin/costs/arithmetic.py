@@ -7,6 +7,7 @@ those. Matrix products inside attention are not counted.
 
 from __future__ import annotations
 
+from functools import cached_property
 from math import prod
 
 from ..network import LayerSpec, NetworkTrace, Width
@@ -81,7 +82,7 @@ def _bare_parameter_term(trace: NetworkTrace, name: str, owner: str, shape: tupl
                 if rest == 0:  # a PReLU with one slope for all channels keeps it
                     break
                 side = trace.width(member.layer, "out", len(member.channels))
-                return Term((group.name,), lambda w: float(rest * side.at(w)))
+                return Term((group.name,), lambda w, rest=rest, side=side: float(rest * side.at(w)))
     return Term((), lambda _: float(size))
 
 
@@ -96,21 +97,36 @@ class PeakActivationMemory:
 
     def __init__(self, trace: NetworkTrace) -> None:
         self._base_widths = trace.base_widths
-        self._layers = [(layer, *_sides(trace, layer)) for layer in trace.layers]
+        self._terms = [_activation_term(trace, layer) for layer in trace.layers]
 
-    @property
+    @cached_property
     def base(self) -> float:
         return self.cost(self._base_widths)
 
+    @cached_property
+    def guide(self) -> SeparableCost:
+        """A sum that falls wherever any large layer does: the sixth powers of the layers' shares of the peak.
+
+        Of two layers that tie for the maximum, narrowing one frees nothing by itself; here it does.
+        """
+        peak = self.base or 1.0
+        shares = [Term(t.groups, lambda w, t=t: (t.value(w) / peak) ** 6) for t in self._terms]
+        total = sum(share.value(self._base_widths) for share in shares) or 1.0
+        scaled = [Term(s.groups, lambda w, s=s: peak * s.value(w) / total) for s in shares]
+        return SeparableCost(self.name, self.unit, self._base_widths, scaled)
+
     def cost(self, widths: Widths) -> float:
-        return max((self._bytes(*entry, widths) for entry in self._layers), default=0.0) / 1e6
+        return max((term.value(widths) for term in self._terms), default=0.0)
 
     def change(self, widths: Widths, group: str, width: int) -> float:
         return self.cost({**widths, group: width}) - self.cost(widths)
 
-    @staticmethod
-    def _bytes(layer: LayerSpec, inside: Width, outside: Width, widths: Widths) -> float:
-        cin = outside.at(widths) if layer.op == "norm" else inside.at(widths)
-        read = prod(layer.input_shape) * cin / layer.in_channels
-        written = prod(layer.output_shape) * outside.at(widths) / layer.out_channels
-        return _FLOAT_BYTES * (read + written)
+
+def _activation_term(trace: NetworkTrace, layer: LayerSpec) -> Term:
+    """MB of a layer's input and output."""
+    inside, outside = _sides(trace, layer)
+    if layer.op == "norm":
+        inside = outside
+    read = _FLOAT_BYTES * prod(layer.input_shape) / layer.in_channels / 1e6
+    written = _FLOAT_BYTES * prod(layer.output_shape) / layer.out_channels / 1e6
+    return Term(_groups(inside, outside), lambda w: read * inside.at(w) + written * outside.at(w))

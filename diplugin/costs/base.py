@@ -17,7 +17,12 @@ Widths = Mapping[str, int]
 
 @runtime_checkable
 class CostModel(Protocol):
-    """A cost in one unit. `name` is what budgets, plans and metrics call it."""
+    """A cost in one unit. `name` is what budgets, plans and metrics call it.
+
+    A model may offer more, which the search uses where it is there: `neighbours(group)`, the groups whose changes
+    depend on this one's width; `allowed_widths(group)`, the widths it knows; and `guide`, a smoother cost model that
+    says which way is down where the cost itself, being a maximum, does not.
+    """
 
     name: str
     unit: str
