@@ -1,0 +1,366 @@
+"""Discriminant Information as a pruner of NNI 3.0, and the way from NNI's masks to a smaller network.
+
+`DIPruner` is an NNI `Pruner`: it takes NNI's config_list, runs alone or under `AGPPruner` and `LinearPruner`, chains
+through `from_compressor`, and returns NNI's masks. What it adds to NNI's rules:
+
+- Training, where there is an evaluator, only *samples* the data: the loss is tapped for batches, and when masks are
+  due, DI is scored in eval mode over the sampled ones. No hook sits on the model while it trains.
+- Layers that a shortcut sum ties together get one score, so at equal ratios their masks agree by themselves.
+- BatchNorms and depthwise convolutions that pass on a masked layer's channels are masked along with it, which makes
+  the masked model equal to the one that `speedup` cuts.
+- Counts are exact, `max_sparse_ratio` holds in global groups too, and every layer keeps at least one channel.
+
+DI's own settings stand in the constructor, since NNI's configuration schema is closed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diplugin.errors import DataError, DipluginError, MissingExtraError, ModelError, UserError
+from diplugin.features import Forward, GetLabels, Observation, device_of, labels_of, to_device
+from diplugin.groups import ChannelGroup
+from diplugin.layer_scores import score_layers
+from diplugin.masks import dead_channels, follower_masks, followers, remove_masked
+from diplugin.network import trace_network
+from diplugin.samples import call_inputs, collect, forward_any, images_in, on_cpu
+from diplugin.taps import Tap
+
+try:
+    from diplugin_nni_config import checked_config, config_list_for, follower_config, nni_errors
+    from diplugin_nni_targets import (
+        TRANSPOSED,
+        Targets,
+        Tensors,
+        aligned,
+        channels_of,
+        check_targets,
+        choose,
+        follower_shape,
+        metric_of,
+        side_of,
+        targets_with,
+    )  # fmt: skip
+    from nni.common import is_traceable
+    from nni.compression import TorchEvaluator
+    from nni.compression.base.compressor import Compressor, Pruner
+    from nni.compression.base.config import select_modules_by_config
+    from nni.compression.base.target_space import PruningTargetSpace
+    from nni.compression.utils import Evaluator
+except ImportError as error:
+    raise MissingExtraError(
+        f"expected NNI 3.0 for DIPruner, got {type(error).__name__}: {error}; "
+        'pip install "diplugin[nni]" (x86-64 Linux)'
+    ) from error
+
+__all__ = ["DIPruner", "config_list_for", "speedup", "torch_evaluator"]
+
+MAX_SAMPLES = 2000
+
+
+class DIPruner(Pruner):
+    """Prunes channels by Discriminant Information, by NNI's rules.
+
+    Args:
+        model: unwrapped, or wrapped by an earlier compressor through `from_compressor`.
+        config_list: NNI's; `sparse_ratio` or `sparse_threshold`, `global_group_id`, `dependency_group_id`,
+            `internal_metric_block`, `align`, `min_sparse_ratio`, `max_sparse_ratio`, every granularity. Blocks finer
+            than a channel share its score by their weights' energy.
+        evaluator: one of NNI's; needed for training-time pruning, not if `calibration_data` is given.
+        training_steps: optimizer steps whose batches are sampled before masks are made.
+        calibration_data: a loader of (inputs, labels), scored in eval mode; no optimizer is needed.
+        existed_wrappers: for `from_compressor`.
+        rho: ridge relative to the mean energy of an image.
+        tap: which tensors stand for a layer, see `diplugin.taps`.
+        get_labels, forward: `get_labels(batch)` and `forward(model, batch)` for batches of other forms.
+        align_followers: mask BatchNorms and depthwise convolutions along with the layers they follow.
+        max_samples: images kept for scoring, on the CPU; bounds memory.
+        example_inputs: positional inputs to find channel groups with; None takes them from the calibration data,
+            the evaluator's `dummy_input`, or one look at the evaluator's first batch.
+
+    Raises:
+        UserError: a config_list, evaluator or setting that cannot be used.
+        DataError: batches without labels, or of a form that needs `get_labels`.
+
+    >>> config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    >>> _, masks = DIPruner(model, config, calibration_data=loader).compress()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict[str, Any]],
+        evaluator: Evaluator | None = None,
+        training_steps: int | None = None,
+        calibration_data: Iterable[Any] | None = None,
+        existed_wrappers: dict[str, Any] | None = None,
+        *,
+        rho: float = 10.0,
+        tap: Tap | None = None,
+        get_labels: GetLabels | None = None,
+        forward: Forward | None = None,
+        align_followers: bool = True,
+        max_samples: int = MAX_SAMPLES,
+        example_inputs: tuple[Any, ...] | None = None,
+    ) -> None:
+        _check_sources(evaluator, training_steps, calibration_data)
+        self.tap, self.max_samples = tap, max_samples
+        self.observation = Observation(get_labels or labels_of, forward or forward_any, _positive("rho", rho))
+        self._calibration = None if calibration_data is None else collect(calibration_data, max_samples)
+        self._sampled: list[Any] = []
+        checked = checked_config(model, config_list)
+        if evaluator is not None and not evaluator._initialization_complete:
+            with nni_errors("an evaluator whose optimizers are traced with nni.trace"):
+                evaluator._init_optimizer_helpers(model)
+        inputs = example_inputs or self._example_inputs(model, evaluator)
+        self._groups = _groups_of(model, inputs)
+        self._followers: tuple[str, ...] = ()
+        if align_followers:
+            configured = {name for config in checked for name in select_modules_by_config(model, config)[0]}
+            self._followers = followers(self._groups, configured)
+            checked += [follower_config(name, model.get_submodule(name)) for name in self._followers]
+        with nni_errors("a config_list that NNI can apply to this model"):
+            super().__init__(model, checked, evaluator, existed_wrappers)
+        check_targets(self._target_spaces)
+        # Read by AGPPruner and LinearPruner, which set both.
+        self.training_steps = training_steps or 1
+        self.interval_steps = self.training_steps
+        self.total_times: int | str = 1
+        self._current_step = self._remaining_times = 0
+
+    @classmethod
+    def from_compressor(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, compressor: Compressor, new_config_list: list[dict[str, Any]], *args: Any,
+        evaluator: Evaluator | None = None, **kwargs: Any,
+    ) -> DIPruner:  # fmt: skip
+        """A DIPruner on top of an earlier compressor: its wrappers, masks and evaluator stay in force.
+
+        Args:
+            kwargs: `training_steps`, `calibration_data` and DI's settings, as in the constructor.
+        """
+        try:
+            return super().from_compressor(compressor, new_config_list, *args, evaluator=evaluator, **kwargs)
+        except DipluginError:
+            if not compressor._is_wrapped:
+                compressor.wrap_model()
+            raise
+
+    def compress(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, max_steps: int | None = None, max_epochs: int | None = None
+    ) -> tuple[nn.Module, Tensors]:
+        """The wrapped model with its masks in force, and the masks.
+
+        Args:
+            max_steps, max_epochs: how long to train; None trains `training_steps`. Not for calibration alone.
+
+        Raises:
+            DataError, ModelError: as scoring raises them.
+        """
+        if self._calibration is not None and (self.evaluator is None or max_steps is max_epochs is None):
+            if max_steps is not None or max_epochs is not None:
+                raise UserError("expected no max_steps or max_epochs for one-shot pruning, training needs an evaluator")
+            self.update_masks(self.generate_masks())
+        else:
+            untold = max_steps is None and max_epochs is None
+            self._fusion_compress(self.training_steps if untold else max_steps, max_epochs)
+        return self.bound_model, self.get_masks()
+
+    def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        self._fusion_compress(max_steps or self.training_steps, max_epochs)
+
+    def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        training = self.bound_model.training
+        try:
+            super()._fusion_compress(max_steps, max_epochs)
+        except BaseException:
+            # NNI leaves the evaluator patched and the model bound when training raises.
+            if self.evaluator is not None and getattr(self.evaluator, "model", None) is not None:
+                self.evaluator.unbind_model()
+            self.bound_model.train(training)
+            raise
+
+    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        self._current_step, self._sampled = 0, []
+        self._remaining_times = -1 if self.total_times == "unlimited" else int(self.total_times)
+        if self._calibration is None:
+            evaluator.patch_loss(self._sample)
+        evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[self._after_step])
+
+    def _fuse_postprocess(self, evaluator: Evaluator) -> None:
+        self._sampled = []
+
+    def _sample(self, loss: Tensor, batch: Any) -> Tensor:
+        """Keep the batches of the last `training_steps` steps of an interval, up to the cap."""
+        recent = self._current_step >= self.interval_steps - self.training_steps
+        if recent and self._remaining_times and sum(map(images_in, self._sampled)) < self.max_samples:
+            self.observation.get_labels(batch)
+            self._sampled.append(on_cpu(batch))
+        return loss
+
+    def _after_step(self) -> None:
+        self._current_step += 1
+        # At the interval's end, where a scheduler has just set its new goal: earlier, its last goal is never met.
+        if self._current_step >= self.interval_steps and self._remaining_times:
+            self.update_masks(self.generate_masks())
+            self._remaining_times -= 1
+            self._current_step, self._sampled = 0, []
+
+    def _example_inputs(self, model: nn.Module, evaluator: Evaluator | None) -> tuple[Any, ...] | None:
+        if self._calibration is not None:
+            return call_inputs(model, self._calibration[0], self.observation)
+        dummy = getattr(evaluator, "dummy_input", None)
+        if dummy is not None:
+            return dummy if isinstance(dummy, tuple) else (dummy,)
+        batch = _first_batch(model, evaluator) if evaluator is not None else None
+        return None if batch is None else call_inputs(model, batch, self.observation)
+
+    def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
+        # A transposed convolution holds its output channels in the weight's second dimension.
+        wrapper: Any = target_space._wrapper
+        if not (isinstance(wrapper.module, TRANSPOSED) and target_space._target_name == "weight"):
+            return super()._set_default_sparse_granularity(target_space)
+        if "bias" in wrapper.pruning_target_spaces:
+            wrapper.pruning_target_spaces["bias"]._setting.get("align", {}).update(dims=[1])
+        return "in_channel"
+
+    def _collect_data(self) -> Tensors:
+        active = targets_with(self._target_spaces, "sparse_ratio", "sparse_threshold")
+        sides = {(module, target): side_of(module, target, space) for module, target, space in active}
+        batches = self._calibration if self._calibration is not None else self._sampled
+        if not batches:
+            raise DataError("expected batches to score, training took no step: does training_func call training_step?")
+        wanted = list(dict.fromkeys(sides.values()))
+        scores = score_layers(self.bound_model, batches, wanted, self._groups, self.tap, self.observation)
+        data: Tensors = {}
+        for (module, target), side in sides.items():
+            data.setdefault(module, {})[target] = scores[side]
+        return data
+
+    def _calculate_metrics(self, data: Tensors) -> Tensors:
+        spaces = self._target_spaces
+        return {m: {t: metric_of(s, spaces[m][t], t) for t, s in found.items()} for m, found in data.items()}
+
+    def _generate_sparsity(self, metrics: Tensors) -> Tensors:
+        masks = choose(self._target_spaces, metrics)
+        for module, target, space in targets_with(self._target_spaces, "align"):
+            if module not in self._followers and space.target is not None:
+                masks.setdefault(module, {})[target] = aligned(space, module, target, {**self.get_masks(), **masks})
+        self._follow(masks)
+        return masks
+
+    def _follow(self, masks: Tensors) -> None:
+        """Masks of the layers that pass on channels nobody writes or reads any more."""
+        modules = dict(self.bound_model.named_modules())
+        known = {m: {**targets, **masks.get(m, {})} for m, targets in self.get_masks().items()}
+        spaces: Targets = {m: self._target_spaces[m] for m in self._followers if self._target_spaces.get(m)}
+        widths = {m: channels_of(modules[m]) for m in spaces}
+        for module, keep in follower_masks(self._groups, dead_channels(modules, known), widths).items():
+            shaped = {target: follower_shape(keep, space, target) for target, space in spaces[module].items()}
+            masks.setdefault(module, {}).update({t: mask for t, mask in shaped.items() if mask is not None})
+
+
+def speedup(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]], example_inputs: Any) -> nn.Module:
+    """Physically remove masked channels, in place; returns the model, which computes what the masked one did.
+
+    NNI's wrappers are taken off first. Channels that only some of the layers tied by a shortcut mask stay, as zeros.
+    Unlike NNI's `ModelSpeedup` it follows torch-pruning's dependency graph, and so works on today's torch.
+
+    Args:
+        masks: as `Pruner.compress` or `Pruner.get_masks` return them; other pruners' too, whose BatchNorms are not
+            masked: there the smaller model equals the masked one up to those BatchNorms' shifts.
+        example_inputs: a tensor, or a tuple of positional inputs.
+
+    Raises:
+        ModelError: the model does not run on the example inputs.
+        PlanError: the masks are another model's.
+
+    >>> _, masks = pruner.compress()  # doctest: +SKIP
+    >>> small = speedup(model, masks, torch.randn(1, 3, 32, 32))  # doctest: +SKIP
+    """
+    for module in list(model.modules()):
+        wrapper = getattr(module, "_nni_wrapper", None)
+        if wrapper is not None:
+            wrapper.unwrap()
+    return remove_masked(model, masks, example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
+
+
+def torch_evaluator(training_func: Any, optimizers: Any, training_step: Any, **kwargs: Any) -> TorchEvaluator:
+    """NNI's `TorchEvaluator`, which says what is wrong with an optimizer instead of an empty AssertionError.
+
+    Raises:
+        UserError: an optimizer or scheduler that was not made through `nni.trace`.
+    """
+    schedulers = kwargs.get("lr_schedulers") or []
+    for name, given in (("optimizer", optimizers), ("lr_scheduler", schedulers)):
+        for one in given if isinstance(given, (list, tuple)) else [given]:
+            if not is_traceable(one):
+                kind = type(one).__name__
+                raise UserError(f"expected {name} made as nni.trace({kind})(...), got a plain {kind}: NNI rebuilds it")
+    return TorchEvaluator(training_func, optimizers, training_step, **kwargs)
+
+
+def _check_sources(evaluator: Any, training_steps: Any, calibration_data: Any) -> None:
+    if evaluator is None and calibration_data is None:
+        raise UserError("expected calibration_data, or an evaluator with training_steps, for DIPruner; got neither")
+    if evaluator is not None and not isinstance(evaluator, Evaluator):
+        raise UserError(f"expected an NNI evaluator such as TorchEvaluator, got {type(evaluator).__name__}")
+    steps_count = isinstance(training_steps, int) and not isinstance(training_steps, bool) and training_steps >= 1
+    if not steps_count and (training_steps is not None or calibration_data is None):
+        raise UserError(f"expected training_steps as an integer of 1 or more, got {training_steps!r}")
+
+
+def _positive(name: str, value: float) -> float:
+    if not isinstance(value, (int, float)) or not value > 0:
+        raise UserError(f"expected {name} above 0, got {value!r}")
+    return float(value)
+
+
+def _first_batch(model: nn.Module, evaluator: Evaluator) -> Any:
+    """The first batch that an evaluator trains on, without training: the loss is tapped and the loop left.
+
+    Buffers, modes and random state are put back.
+    """
+
+    class Seen(Exception):  # noqa: N818
+        pass
+
+    batches: list[Any] = []
+
+    def look(loss: Tensor, batch: Any) -> Tensor:
+        batches.append(on_cpu(batch))
+        raise Seen
+
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
+    evaluator.bind_model(model, {name: name for name, _ in model.named_parameters()})
+    try:
+        evaluator.patch_loss(look)
+        with torch.random.fork_rng():
+            evaluator.train(max_steps=1)
+    except Exception:
+        # Whatever else is wrong with the loop will show when it runs in earnest.
+        pass
+    finally:
+        evaluator.unbind_model()
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
+        for module, training in modes.items():
+            module.training = training
+    return batches[0] if batches else None
+
+
+def _groups_of(model: nn.Module, inputs: tuple[Any, ...] | None) -> tuple[ChannelGroup, ...]:
+    """The network's channel groups; none, with a warning, where it cannot be traced."""
+    try:
+        if inputs is None:
+            raise ModelError("no positional example inputs are known; pass example_inputs=")
+        return trace_network(model, to_device(inputs, device_of(model))).groups
+    except ModelError as error:
+        warnings.warn(f"every layer is scored by itself and BatchNorms are not masked along: {error}", stacklevel=3)
+        return ()

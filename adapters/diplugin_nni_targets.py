@@ -1,0 +1,143 @@
+"""NNI's target spaces: whose channels a target's blocks are, scores in its granularity, and the rules set for it.
+
+A *target* is a weight, a bias, an input or an output of a wrapped layer. Its *metric* has the shape that NNI's scaler
+shrinks the target to, so (C, 1, 1, 1) for a convolution's weight by output channels; masks are chosen in that shape
+and broadcast back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from nni.compression.base.target_space import PruningTargetSpace, TargetType
+from torch import Tensor, nn
+
+from diplugin.errors import DataError, UserError
+from diplugin.layer_scores import LayerSide
+from diplugin.mask_rules import MaskRule, choose_masks
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+Targets = dict[str, dict[str, PruningTargetSpace]]
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def check_targets(spaces: Targets) -> None:
+    for module, target, space in targets_with(spaces, "sparse_ratio", "sparse_threshold"):
+        kind = type(space._wrapper.module)
+        if issubclass(kind, nn.Embedding):
+            raise UserError(f"expected layers with channels, {module!r} is an Embedding, whose rows are not channels")
+        if target.startswith(("_input_", "_output_")) and not target.endswith("_0"):
+            raise UserError(f"expected the first input or output of {module!r} as a target, got {target!r}")
+
+
+def targets_with(spaces: Targets, *settings: str) -> Iterator[tuple[str, str, PruningTargetSpace]]:
+    """Targets for which one of the settings is given; a bias that the layer does not have is none."""
+    for module, targets in spaces.items():
+        for target, space in targets.items():
+            missing = space.type is TargetType.PARAMETER and space.target is None
+            if not missing and any(getattr(space, setting) is not None for setting in settings):
+                yield module, target, space
+
+
+def _channel_axis(space: PruningTargetSpace, target: str) -> int:
+    """The dimension of a target along which its blocks divide channels."""
+    if not target.startswith(("_input_", "_output_")):
+        kernel = list(getattr(space._scaler, "kernel_size", [1]))
+        return 1 if len(space.shape or ()) > 1 and kernel[0] == -1 and len(kernel) > 1 and kernel[1] != -1 else 0
+    return 1
+
+
+def side_of(module: str, target: str, space: PruningTargetSpace) -> LayerSide:
+    """Which side's channels a target's scores are."""
+    if target.startswith(("_input_", "_output_")):
+        return module, "in" if target.startswith("_input_") else "out"
+    transposed = isinstance(space._wrapper.module, TRANSPOSED) and target == "weight"
+    return module, "in" if (_channel_axis(space, target) == 1) != transposed else "out"
+
+
+def metric_of(scores: Tensor, space: PruningTargetSpace, target: str) -> Tensor:
+    """Channel scores in the shape that NNI's granularity gives the target: each block has the sum of its parts.
+
+    A block finer than a channel gets a share of its score, in proportion to the energy of its weights.
+    """
+    shape, axis = list(space.shape or ()), _channel_axis(space, target)
+    if not shape:
+        raise DataError(f"expected {space._wrapper.name}.{target} to be seen while the data ran, it was not")
+    if len(scores) != shape[axis]:
+        # A grouped convolution's column stands for one input channel in each of its blocks.
+        scores = scores.view(-1, shape[axis]).sum(0)
+    along = scores.view(*[-1 if d == axis else 1 for d in range(len(shape))])
+    if target.startswith(("_input_", "_output_")):
+        shape[0] = 1
+        spread = along.expand(shape) / prod(shape[2:])
+    else:
+        energy = torch.ones(shape) if space.target is None else space.target.detach().cpu().double().square()
+        total = energy.sum([d for d in range(len(shape)) if d != axis], keepdim=True)
+        even = torch.full_like(energy, energy.shape[axis] / energy.numel())
+        spread = along * torch.where(total > 0, energy / total.clamp(min=1e-300), even)
+    if space._scaler is None:
+        return spread
+    metric = space._scaler.shrink(spread, lambda block: block.sum(-1), keepdim=True)
+    # Whole channels keep their scores to the last bit, so that equal ones stay equal.
+    return along.expand(metric.shape).clone() if metric.numel() == len(scores) else metric
+
+
+def _rule(space: PruningTargetSpace) -> MaskRule:
+    blocks = space.internal_metric_block
+    return MaskRule(
+        space.sparse_ratio, space.sparse_threshold, space.min_sparse_ratio, space.max_sparse_ratio,
+        space.dependency_group_id, space.global_group_id, blocks if isinstance(blocks, int) else 1,
+        prod(space.shape or ()) if space.type is TargetType.PARAMETER else prod((space.shape or ())[1:]),
+    )  # fmt: skip
+
+
+def choose(spaces: Targets, metrics: Tensors) -> Tensors:
+    flat = {(m, t): metric for m, found in metrics.items() for t, metric in found.items()}
+    chosen = choose_masks({(m, t): _rule(spaces[m][t]) for m, t in flat}, flat)
+    masks: Tensors = {}
+    for (module, target), mask in chosen.items():
+        masks.setdefault(module, {})[target] = _expanded(mask, spaces[module][target], target)
+    return masks
+
+
+def _expanded(mask: Tensor, space: PruningTargetSpace, target: str) -> Tensor:
+    """A mask in metric shape, broadcastable to the target."""
+    if space._scaler is None:
+        return mask
+    shape = list(space.shape or ())
+    if target.startswith(("_input_", "_output_")):
+        shape[0] = 1
+    return space._scaler.expand(mask, shape, keepdim=True, full_expand=False)
+
+
+def aligned(
+    space: PruningTargetSpace, module: str, target: str, masks: Mapping[str, Mapping[str, Tensor | None]]
+) -> Tensor:
+    """The mask that another target's mask implies: zero where its slice is zero throughout."""
+    align = space.align or {}
+    source = masks.get(align.get("module_name") or module, {}).get(align["target_name"])
+    if source is None:
+        raise UserError(f"expected {module}.{target} to align with a masked target, got {align}: is it in config_list?")
+    kept = {d % source.ndim for d in align["dims"]}
+    others = [d for d in range(source.ndim) if d not in kept]
+    mask = source.bool().float().amax(others) if others else source.bool().float()
+    shape = space.shape or list(mask.shape)
+    if mask.numel() != shape[0] or mask.ndim != 1:
+        return mask
+    return mask.view(-1, *[1] * (len(shape) - 1)) if space.type is TargetType.PARAMETER else mask.view(1, -1)
+
+
+def channels_of(module: Any) -> int:
+    names = ("num_features", "out_channels", "out_features")
+    return next(int(getattr(module, name)) for name in names if hasattr(module, name))
+
+
+def follower_shape(keep: Tensor, space: PruningTargetSpace, target: str) -> Tensor | None:
+    """Zeros and ones [C], broadcastable to a target of a layer that follows; None where there is nothing to mask."""
+    shape = space.shape
+    if target.startswith("_output_"):
+        return None if shape is None else keep.view(1, -1, *[1] * (len(shape) - 2))
+    return None if shape is None or space.target is None else keep.view(-1, *[1] * (len(shape) - 1))
