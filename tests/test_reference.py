@@ -88,7 +88,7 @@ def test_validation_of_a_trained_network(trained: nn.Module, digits: tuple[Tenso
         assert len(whole) == 1 and whole.pop() > 0.5
     save_validation(layers, tmp_path / "v.json")
     stored = json.loads((tmp_path / "v.json").read_text())
-    assert stored["layers"][0]["identities"][0]["referee"] == "LinearDiscriminantAnalysis"
+    assert stored["layers"][0]["identities"][0]["referee"] == "LDA"
     plot_validation(layers, tmp_path / "v.png")
     assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
 

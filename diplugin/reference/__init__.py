@@ -8,8 +8,8 @@ discriminant analysis what the channels are worth that DI keeps, against those t
 from __future__ import annotations
 
 from .identities import Identity, check_identities, di_along, greedy_order, lda_trace, ridge_value
-from .network import collect, filter_norms, validate_network
-from .plot import plot_validation
+from .network import choose_groups, collect, filter_norms, validate_network
+from .plot import check_outputs, plot_validation
 from .study import Accuracy, LayerValidation, lda_accuracy, save_validation, validate_layer
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "Identity",
     "LayerValidation",
     "check_identities",
+    "check_outputs",
+    "choose_groups",
     "collect",
     "di_along",
     "filter_norms",

@@ -23,7 +23,7 @@ from ..errors import DataError
 
 @dataclass(frozen=True)
 class Identity:
-    """One number computed twice: by diplugin and by scikit-learn."""
+    """One number computed twice, by diplugin and by scikit-learn; `referee` is "LDA", "Ridge" or "KernelRidge"."""
 
     referee: str
     ours: float
@@ -113,7 +113,7 @@ def check_identities(features: Tensor, labels: Tensor, rho: float = 10.0) -> tup
     plain = float(discriminant_information(pooled, labels, ridge=ridge))
     maps = float(discriminant_information(features, labels, ridge=whole))
     return (
-        Identity("LinearDiscriminantAnalysis", balanced * (classes - 1), lda_trace(pooled, labels, ridge)),
+        Identity("LDA", balanced * (classes - 1), lda_trace(pooled, labels, ridge)),
         Identity("Ridge", plain, ridge_value(pooled, labels, ridge)),
         Identity("KernelRidge", maps, ridge_value(features, labels, whole, kernel=True)),
     )

@@ -65,6 +65,19 @@ def validate_network(
     )
 
 
+def choose_groups(groups: Sequence[ChannelGroup], names: Sequence[str] | None) -> list[ChannelGroup]:
+    """The groups of the given names, or every prunable one.
+
+    Raises:
+        ModelError: a name that no group has, or a group that is left alone.
+    """
+    prunable = {group.name: group for group in groups if group.prunable}
+    unknown = [name for name in names or () if name not in prunable]
+    if unknown:
+        raise ModelError(f"expected a prunable channel group, got {unknown[0]!r}; there are {', '.join(prunable)}")
+    return [prunable[name] for name in names or prunable]
+
+
 def collect(
     model: nn.Module,
     loader: Iterable[Any],

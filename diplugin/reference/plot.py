@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import UserError
 from .study import LayerValidation
 
+PICTURES = (".png", ".svg", ".pdf")
 _STYLES = {
     "DI": ("#c0392b", "-", 2.2),
     "DI, eliminated": ("#e67e22", "-", 1.6),
@@ -14,6 +16,19 @@ _STYLES = {
     "variance": ("#1e8449", "--", 1.4),
     "random": ("#7f8c8d", ":", 1.4),
 }
+
+
+def check_outputs(json_file: Path | None, plot_file: Path | None) -> None:
+    """Refuse files that could not be written, before any work is done.
+
+    Raises:
+        UserError: no such folder, or a picture of an unknown kind.
+    """
+    for file in (json_file, plot_file):
+        if file is not None and not file.parent.is_dir():
+            raise UserError(f"expected {file} in a folder that exists, {file.parent} does not: make it first")
+    if plot_file is not None and plot_file.suffix.lower() not in PICTURES:
+        raise UserError(f"expected a picture's name to end in {', '.join(PICTURES)}, got {plot_file.name!r}")
 
 
 def plot_validation(layers: Sequence[LayerValidation], path: Path) -> None:

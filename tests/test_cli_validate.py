@@ -1,0 +1,66 @@
+"""`diplugin validate` from arguments to tables and files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from diplugin.cli import validate
+from diplugin.errors import ModelError, UserError
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 10),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of the user's own, found from the working folder."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    body = source[source.index("def small_net") : source.index("@pytest.fixture")]
+    (tmp_path / "my_validated_net.py").write_text(f"import torch\nfrom torch import nn\n\n\n{body}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "my_validated_net:small_net"
+
+
+def arguments(model: str, *more: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    validate.add_parser(parser.add_subparsers())
+    return parser.parse_args(["validate", model, "digits", "--example-shape", "1,1,16,16", "--images", "300", *more])
+
+
+def test_tables_and_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = arguments(model, "--json", str(tmp_path / "v.json"), "--plot", str(tmp_path / "v.svg"))
+    assert args.run(args) == 0
+    printed = capsys.readouterr().out
+    assert "KernelRidge" in printed and "largest difference to scikit-learn" in printed
+    record = json.loads((tmp_path / "v.json").read_text())
+    assert {layer["layer"] for layer in record["layers"]} == {"0", "2"}
+    assert all(layer["worst_difference"] < 1e-6 and layer["non_decreasing"] for layer in record["layers"])
+    assert "<svg" in (tmp_path / "v.svg").read_text(encoding="utf-8")
+
+
+def test_one_layer_and_unusable_arguments(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = arguments(model, "--layer", "2")
+    assert args.run(args) == 0
+    assert "0: LDA" not in capsys.readouterr().out
+    for more, kind in ((("--layer", "nowhere"), ModelError), (("--rho", "-1"), UserError)):
+        args = arguments(model, *more)
+        with pytest.raises(kind):
+            args.run(args)
+    args = arguments(model, "--plot", str(tmp_path / "v.txt"))
+    with pytest.raises(UserError, match="png"):
+        args.run(args)
+    args = arguments(model, "--json", str(tmp_path / "missing" / "v.json"))
+    with pytest.raises(UserError, match="missing"):
+        args.run(args)
