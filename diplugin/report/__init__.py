@@ -8,6 +8,7 @@ PosixPath('runs/a/report.html')
 from __future__ import annotations
 
 from .run import Run, read_run
+from .table_info import table_info
 from .write import figures, write_report
 
-__all__ = ["Run", "figures", "read_run", "write_report"]
+__all__ = ["Run", "figures", "read_run", "table_info", "write_report"]

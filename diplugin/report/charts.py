@@ -5,9 +5,10 @@ Every function turns a `Run` into one `Drawing`, or None where the run has nothi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
-from .format import percent, quantity, seconds, significant, value
+from .format import percent, quantity, seconds, tick_labels, value
 from .run import Run
 from .svg import SERIES, Axis, Drawing, shortened, ticks
 
@@ -77,35 +78,44 @@ def channel_scores(run: Run) -> Drawing | None:
     positive = [s for _, scores in rows for s in scores if s > 0]
     if not positive:
         return None
-    import math
-
     low, high = max(min(positive), max(positive) * 1e-8), max(positive)
     row, top, left = 22 if len(rows) <= 40 else 18, 30, 190
     axis = Axis(math.log10(low), math.log10(high), left + 8, WIDTH - 10)
     drawing = Drawing(WIDTH, top + row * len(rows) + 22, "Score of every channel, kept or removed")
     bottom = top + row * len(rows)
-    for power in range(math.ceil(axis.low - 1e-9), math.floor(axis.high + 1e-9) + 1):
-        drawing.line(axis(power), top - 6, axis(power), bottom)
-        drawing.text(axis(power), bottom + 15, _power(power), "soft small", "middle")
-    drawing.dot(left + 12, 10, 3, "kept")
+    for mark in _decades(axis.low, axis.high):
+        x = axis(math.log10(mark))
+        drawing.line(x, top - 6, x, bottom)
+        drawing.text(x, bottom + 15, f"{mark:g}" if mark >= 1e-4 else _power(mark), "soft small", "middle")
+    drawing.dots([(left + 12, 10)], 3, "kept")
     drawing.text(left + 20, 14, "kept", "soft small")
-    drawing.dot(left + 62, 10, 3, "gone", hollow=True)
+    drawing.dots([(left + 62, 10)], 3, "gone", hollow=True)
     drawing.text(left + 70, 14, "removed", "soft small")
     for i, (name, scores) in enumerate(rows):
         y, kept = top + row * i + row / 2 - 2, set(run.plan.kept[name])
         drawing.text(0, y + 4, shortened(name, _NAME_CHARACTERS), title=name)
         radius = 3 if len(scores) <= 128 else 2
-        for channel in sorted(range(len(scores)), key=lambda c: (c in kept, c)):
-            x = axis(math.log10(max(scores[channel], low)))
-            stays = channel in kept
-            hint = f"{name}, channel {channel}: {scores[channel]:.2e}" if len(scores) <= 128 else ""
-            drawing.dot(x, y, radius, "kept" if stays else "gone", hint, hollow=not stays)
+        for stays in (False, True):
+            found = {round(axis(math.log10(max(s, low)))) for c, s in enumerate(scores) if (c in kept) == stays}
+            drawing.dots([(x, y) for x in sorted(found)], radius, "kept" if stays else "gone", hollow=not stays)
     return drawing
 
 
-def _power(power: int) -> str:
-    digits = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+def _decades(low: float, high: float) -> list[float]:
+    """Powers of ten between two logarithms, with 2 and 5 in between where there are few."""
+    steps = (1,) if high - low > 3 else (1, 2, 5)
+    marks = [m * 10.0**p for p in range(math.floor(low), math.ceil(high) + 1) for m in steps]
+    return [m for m in marks if low - 1e-9 <= math.log10(m) <= high + 1e-9]
+
+
+def _power(mark: float) -> str:
+    digits = str(round(math.log10(mark))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"10{digits}"
+
+
+def _marks(low: float, high: float, about: int) -> list[tuple[float, str]]:
+    marks = ticks(low, high, about)
+    return list(zip(marks, tick_labels(marks), strict=True))
 
 
 def search_path(run: Run) -> Drawing | None:
@@ -122,9 +132,9 @@ def search_path(run: Run) -> Drawing | None:
     most = max([1.0, *(max(s) for s in shares.values())])
     x = Axis(most, max(0.0, least - 0.05 * (most - least)), left, WIDTH - right)
     y = Axis(0, max(p.loss for p in points) * 1.08 or 1.0, height - bottom, top)
-    for mark in ticks(0, y.high, 4):
+    for mark, words in _marks(0, y.high, 5):
         drawing.line(left, y(mark), WIDTH - right, y(mark))
-        drawing.text(left - 8, y(mark) + 4, significant(mark), "soft small", "end")
+        drawing.text(left - 8, y(mark) + 4, words, "soft small", "end")
     for mark in ticks(x.high, x.low, 6):
         drawing.text(x(mark), height - bottom + 17, percent(mark, 0), "soft small", "middle")
     drawing.text(left, height - 8, "Cost left, of the unpruned network", "soft small")
@@ -132,7 +142,7 @@ def search_path(run: Run) -> Drawing | None:
     legend = WIDTH - right
     for colour, cost in reversed(list(zip(SERIES, costs, strict=False))):
         if cost in asked:
-            drawing.line(x(asked[cost]), top, x(asked[cost]), height - bottom, colour, 1.2, "dashed")
+            drawing.line(x(asked[cost]), top, x(asked[cost]), height - bottom, colour, 1.2, dashed=True)
         drawing.path([(x(s), y(p.loss)) for s, p in zip(shares[cost], points, strict=True)], colour)
         drawing.dot(x(shares[cost][-1]), y(points[-1].loss), 4, colour,
                     f"{quantity(cost).name}: {percent(shares[cost][-1])} of unpruned")  # fmt: skip
@@ -168,71 +178,74 @@ def stage_seconds(run: Run) -> Drawing | None:
 
 def calibration(run: Run) -> Drawing | None:
     """Latency predicted against measured: the table's calibration nets, and this run's own two."""
-    nets = _calibration_points(run.table)
+    nets = calibration_points(run.table)
     own = [(s.name, s.get("latency_ms_predicted"), s.get("latency_ms_measured")) for s in run.stages]
     mine = [(name, p, m) for name, p, m in own if p is not None and m is not None]
     if not nets and len(mine) < 2:
         return None
-    size, left, bottom, top = 300, 58, 44, 24
-    drawing = Drawing(420, size, "Latency predicted against measured")
+    size, left, bottom, top = 340, 50, 44, 24
+    drawing = Drawing(size, size, "Latency predicted against measured")
     values = [v for p in nets for v in p] + [v for _, p, m in mine for v in (p, m)]
     low, high = min(values), max(values)
     pad = 0.08 * (high - low or high)
-    x = Axis(max(0.0, low - pad), high + pad, left, 410)
+    x = Axis(max(0.0, low - pad), high + pad, left, size - 4)
     y = Axis(x.low, x.high, size - bottom, top)
-    for mark in ticks(x.low, x.high, 4):
-        drawing.line(left, y(mark), 410, y(mark))
-        drawing.text(left - 8, y(mark) + 4, significant(mark), "soft small", "end")
-        drawing.text(x(mark), size - bottom + 16, significant(mark), "soft small", "middle")
-    drawing.line(x(x.low), y(x.low), x(x.high), y(x.high), "gone", 1, "dashed")
+    for mark, words in _marks(x.low, x.high, 5):
+        drawing.line(left, y(mark), size - 4, y(mark))
+        drawing.text(left - 8, y(mark) + 4, words, "soft small", "end")
+        drawing.text(x(mark), size - bottom + 16, words, "soft small", "middle")
+    drawing.line(x(x.low), y(x.low), x(x.high), y(x.high), "gone", 1, dashed=True)
     for predicted, measured in nets:
         drawing.dot(x(predicted), y(measured), 3.5, "gone", f"predicted {predicted:.3g} ms, measured {measured:.3g} ms")
     for name, predicted, measured in mine:
         drawing.dot(x(predicted), y(measured), 5, "kept" if name != "base" else "second")
-        right = x(predicted) < 330
+        right = x(predicted) < 250
         drawing.text(x(predicted) + (9 if right else -9), y(measured) + 4, "unpruned" if name == "base" else name,
                      "strong small", "start" if right else "end")  # fmt: skip
     drawing.text(0, 12, "Measured, ms", "soft small")
-    drawing.text(410, size - 6, "Predicted by the table, ms", "soft small", "end")
+    drawing.text(size - 4, size - 6, "Predicted by the table, ms", "soft small", "end")
     return drawing
 
 
-def _calibration_points(table: Mapping[str, object] | None) -> list[tuple[float, float]]:
+def calibration_points(table: Mapping[str, object] | None) -> list[tuple[float, float]]:
     """(predicted, measured) of the table's nets, where the run recorded them."""
     rows = table.get("nets") if table else None
     points = []
     for row in rows if isinstance(rows, Sequence) else ():
-        pair = (row.get("predicted_ms"), row.get("measured_ms")) if isinstance(row, Mapping) else ()
-        if len(pair) == 2 and all(isinstance(v, (int, float)) for v in pair):
-            points.append((float(pair[0]), float(pair[1])))
+        predicted, measured = (row.get("predicted_ms"), row.get("measured_ms")) if isinstance(row, Mapping) else (0, 0)
+        if isinstance(predicted, (int, float)) and isinstance(measured, (int, float)) and measured > 0:
+            points.append((float(predicted), float(measured)))
     return points
 
 
 def journey(run: Run) -> Drawing | None:
     """Accuracy of every stage against its cost: down to the budget, then back up in recovery."""
     cost = next((c for c in ("latency_ms_measured", "latency_ms_predicted", "macs")
-                 if all(s.get(c) is not None for s in (run.base, run.stages[-1]))), None)  # fmt: skip
-    points = [(s.name, s.get(cost), s.get("accuracy")) for s in run.stages] if cost else []
-    known = [(n, c, a) for n, c, a in points if c is not None and a is not None]
-    if cost is None or len(known) < 2:
+                 if run.base.get(c) is not None and run.last(c) is not None), None)  # fmt: skip
+    if cost is None:
         return None
-    size, left, bottom, top, width = 240, 58, 44, 24, 420
-    drawing = Drawing(width, size, "Accuracy against cost, stage by stage")
+    # Recovery changes weights, not structure: the recovered network's cost is the pruned one's too.
+    points = [(s.name, s.get(cost) if s.get(cost) is not None else run.last(cost), s.get("accuracy"))
+              for s in run.stages]  # fmt: skip
+    known = [(n, c, a) for n, c, a in points if c is not None and a is not None]
+    if len(known) < 2:
+        return None
+    height, left, bottom, top = 220, 58, 44, 24
+    drawing = Drawing(WIDTH, height, "Accuracy against cost, stage by stage")
     costs, rates = [c for _, c, _ in known], [a for _, _, a in known]
-    x = Axis(0, max(costs) * 1.12, left, width - 10)
+    x = Axis(0, max(costs) * 1.12, left, WIDTH - 10)
     pad = max(0.005, 0.25 * (max(rates) - min(rates)))
-    y = Axis(max(0.0, min(rates) - pad), min(1.0, max(rates) + pad), size - bottom, top)
-    for mark in ticks(y.low, y.high, 4):
-        drawing.line(left, y(mark), width - 10, y(mark))
-        drawing.text(left - 8, y(mark) + 4, percent(mark), "soft small", "end")
-    for mark in ticks(x.low, x.high, 4):
-        drawing.text(x(mark), size - bottom + 16, value(cost, mark), "soft small", "middle")
+    y = Axis(max(0.0, min(rates) - pad), min(1.0, max(rates) + pad), height - bottom, top)
+    for mark, words in _marks(100 * y.low, 100 * y.high, 4):
+        drawing.line(left, y(mark / 100), WIDTH - 10, y(mark / 100))
+        drawing.text(left - 8, y(mark / 100) + 4, words, "soft small", "end")
+    unit = quantity(cost).unit
+    for mark, words in _marks(x.low, x.high, 6) if unit else [(m, value(cost, m)) for m in ticks(x.low, x.high, 6)]:
+        drawing.text(x(mark), height - bottom + 16, words, "soft small", "middle")
     drawing.path([(x(c), y(a)) for _, c, a in known], "gone", 1.5)
     for name, c, a in known:
         drawing.dot(x(c), y(a), 5, "second" if name == "base" else "kept", f"{name}: {percent(a, 2)}")
-        inner = x(c) < width - 90
-        drawing.text(x(c) + (9 if inner else -9), y(a) + 4, "unpruned" if name == "base" else name, "strong small",
-                     "start" if inner else "end")  # fmt: skip
-    drawing.text(0, 12, "Accuracy", "soft small")
-    drawing.text(width - 10, size - 6, quantity(cost).name, "soft small", "end")
+        drawing.text(x(c) + 10, y(a) + 4, "unpruned" if name == "base" else name, "strong small")
+    drawing.text(0, 12, "Accuracy, %", "soft small")
+    drawing.text(WIDTH - 10, height - 6, quantity(cost).name + (f", {unit}" if unit else ""), "soft small", "end")
     return drawing

@@ -5,7 +5,7 @@ The template only places; every figure is put into words here, next to the sente
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +56,11 @@ def render(run: Run) -> str:
         return None if drawing is None else Markup(drawing.inline())
 
     pictures = {f.__name__: drawn(f(run)) for f in PICTURES}
-    colours = Markup(f":root {{ color-scheme: light dark; {variables(LIGHT)} }} "
-                     f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }} "
-                     f"@media print {{ :root {{ color-scheme: light; {variables(LIGHT)} }} }} {drawing_style()}")  # fmt: skip
+    colours = Markup(
+        f":root {{ color-scheme: light dark; {variables(LIGHT)} }} "
+        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }} "
+        f"@media print {{ :root {{ color-scheme: light; }} }} {drawing_style()}"
+    )
     return environment.get_template("page.html.jinja").render(
         style=Markup(style), colours=colours, pictures=pictures, **_content(run)
     )
@@ -81,6 +83,7 @@ def _content(run: Run) -> dict[str, Any]:
         "scores": run.scores,
         "table": table_lines(run),
         "pill": latency_pill(run),
+        "calibrated_on": len(charts.calibration_points(run.table)),
         "total_seconds": seconds(sum(run.seconds.values())) if run.seconds else None,
         "validation": validation_lines(run),
         "sections": [(name, flat(section)) for name, section in _record(run) if section],
@@ -98,15 +101,15 @@ def title(run: Run) -> str:
 def headline(run: Run) -> str:
     """One sentence: what is left of the costs, and what it took in accuracy."""
     costs = []
-    for key, words_ in (("macs", "of the multiply-accumulates"), ("params", "of the parameters")):
+    for key, name in (
+        ("macs", "multiply-accumulates"),
+        ("params", "parameters"),
+        ("latency_ms_measured", "measured latency"),
+        ("latency_ms_predicted", "predicted latency"),
+    ):
         before, after = run.base.get(key), run.last(key)
-        if before and after is not None:
-            costs.append(f"{percent(after / before, 0)} {words_}")
-    for key, how in (("latency_ms_measured", "measured"), ("latency_ms_predicted", "predicted")):
-        before, after = run.base.get(key), run.last(key)
-        if before and after is not None:
-            costs.append(f"{percent(after / before, 0)} of the latency, {how}")
-            break
+        if before and after is not None and len(costs) < 3:
+            costs.append(f"{percent(after / before, 0)} of the {name}")
     if not costs:
         return "The run recorded no costs before and after."
     before, after = run.base.get("accuracy"), run.last("accuracy")
@@ -114,7 +117,7 @@ def headline(run: Run) -> str:
     judged = "" if before is None or after is None else (
         f" Accuracy went from {percent(before, 2)} to {percent(after, 2)} ({change('accuracy', before, after)})."
     )  # fmt: skip
-    return f"The {_STAGE_WORDS[run.final.name].lower()} network has {left} that the unpruned one had.{judged}"
+    return f"The {_STAGE_WORDS[run.final.name].lower()} network keeps {left}.{judged}"
 
 
 def tiles(run: Run) -> list[Tile]:
@@ -126,9 +129,14 @@ def tiles(run: Run) -> list[Tile]:
         if after is None:
             continue
         share = after / before if before and not quantity(key).share else after if quantity(key).share else None
-        made.append(Tile(quantity(key).name, value(key, after), value(key, before), change(key, before, after),
+        name = "Latency" if key.startswith("latency") else quantity(key).name
+        made.append(Tile(name, value(key, after), value(key, before), f"{change(key, before, after)}{_basis(key)}",
                          None if share is None else min(1.0, max(0.0, share))))  # fmt: skip
     return made
+
+
+def _basis(key: str) -> str:
+    return {"latency_ms_measured": ", measured", "latency_ms_predicted": ", predicted"}.get(key, "")
 
 
 def stage_rows(run: Run) -> list[dict[str, Any]]:
@@ -160,7 +168,7 @@ def _budget_row(budget: BudgetResult) -> dict[str, Any]:
     decided = budget.measured if budget.measured is not None else budget.predicted
     return {
         "name": quantity(budget.cost).name,
-        "asked": f"at most {value(budget.cost, budget.asked)}",
+        "asked": value(budget.cost, budget.asked),
         "predicted": value(budget.cost, budget.predicted),
         "measured": value(budget.cost, budget.measured),
         "difference": signed_percent(budget.predicted / budget.measured - 1)
@@ -199,8 +207,25 @@ def table_lines(run: Run) -> list[tuple[str, str]]:
     """What the latency table says of itself."""
     if run.table is None:
         return []
-    shown = {k: v for k, v in run.table.items() if k not in ("nets", "emulated")}
-    return flat(shown)
+    table = dict(run.table)
+    fit = table.pop("calibration", None)
+    band = table.pop("error_band", None)
+    lines = flat({k: v for k, v in table.items() if k not in ("nets", "emulated") and v not in (None, {}, [])})
+    if isinstance(fit, Mapping):
+        lines += [(name, form(fit[key])) for key, name, form in _CALIBRATION if _is_number(fit.get(key))]
+    if isinstance(band, (list, tuple)) and len(band) == 2 and all(map(_is_number, band)):
+        lines.append(("Error band", f"{signed_percent(band[0], 0)} to {signed_percent(band[1], 0)}"))
+    return lines
+
+
+_CALIBRATION: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("nets", "Networks timed end to end", lambda n: f"{n:g}"),
+    ("mape", "Held-out error", percent),
+    ("worst", "Worst held-out error", percent),
+    ("rho", "Rank correlation", lambda r: f"{r:.3f}"),
+    ("scale", "Scale on the sum of layers", lambda s: f"{s:.3f}"),
+    ("offset_ms", "Offset", lambda ms: value("latency_ms", ms)),
+)
 
 
 def _left_alone(run: Run) -> list[tuple[str, str]]:
@@ -226,8 +251,8 @@ def validation_lines(run: Run) -> list[dict[str, str]]:
 
 def _record(run: Run) -> list[tuple[str, Any]]:
     config = {k: v for k, v in run.config.items() if k not in ("versions", "seed")}
-    return [("Asked for", config), ("Data", run.data), ("Versions", run.versions),
-            ("Seed", {} if run.seed is None else {"seed": run.seed})]  # fmt: skip
+    seed = {} if run.seed is None else {"seed": run.seed}
+    return [("Asked for", config), ("Data", run.data), ("Versions and seed", {**run.versions, **seed})]
 
 
 def flat(section: Any, prefix: str = "", depth: int = 0) -> list[tuple[str, str]]:

@@ -45,7 +45,13 @@ class BudgetResult:
 
 @dataclass(frozen=True)
 class Scores:
-    """DI of every group's features, the score of each of its root channels (fractions of label variance), and groups left alone with the reason."""
+    """What scoring recorded, as fractions of label variance.
+
+    Attributes:
+        di: of every group's features.
+        channels: the score of each of a group's root channels.
+        left_alone: groups that cannot be pruned, and why.
+    """
 
     di: Mapping[str, float]
     channels: Mapping[str, tuple[float, ...]]

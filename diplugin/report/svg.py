@@ -50,29 +50,45 @@ class Drawing:
     label: str
     parts: list[str] = field(default_factory=list)
 
-    def rect(self, x: float, y: float, width: float, height: float, colour: str, title: str = "", radius: float = 2) -> None:
+    def rect(self, x: float, y: float, width: float, height: float, colour: str, title: str = "") -> None:
         self.parts.append(
             f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(max(width, 0))}" height="{_n(height)}" '
-            f'rx="{_n(min(radius, height / 2, max(width, 0) / 2))}" class="fill-{colour}">{_title(title)}</rect>'
+            f'rx="{_n(min(2, height / 2, max(width, 0) / 2))}" class="fill-{colour}">{_title(title)}</rect>'
         )
 
-    def line(self, x1: float, y1: float, x2: float, y2: float, colour: str = "line", width: float = 1, extra: str = "") -> None:
+    def line(
+        self, x1: float, y1: float, x2: float, y2: float, colour: str = "line", width: float = 1, dashed: bool = False
+    ) -> None:
+        kind = f"stroke-{colour} dashed" if dashed else f"stroke-{colour}"
         self.parts.append(
-            f'<line x1="{_n(x1)}" y1="{_n(y1)}" x2="{_n(x2)}" y2="{_n(y2)}" class="stroke-{colour} {extra}" '
-            f'stroke-width="{_n(width)}"/>'
+            f'<line x1="{_n(x1)}" y1="{_n(y1)}" x2="{_n(x2)}" y2="{_n(y2)}" class="{kind}" stroke-width="{_n(width)}"/>'
         )
 
     def path(self, points: Sequence[tuple[float, float]], colour: str, width: float = 2) -> None:
         steps = " L".join(f"{_n(x)} {_n(y)}" for x, y in points)
-        self.parts.append(f'<path d="M{steps}" class="stroke-{colour}" stroke-width="{_n(width)}" stroke-linejoin="round"/>')
+        self.parts.append(
+            f'<path d="M{steps}" class="stroke-{colour}" stroke-width="{_n(width)}" stroke-linejoin="round"/>'
+        )
 
     def dot(self, x: float, y: float, radius: float, colour: str, title: str = "", hollow: bool = False) -> None:
         kind = f'class="stroke-{colour}" stroke-width="1.5"' if hollow else f'class="fill-{colour}"'
         self.parts.append(f'<circle cx="{_n(x)}" cy="{_n(y)}" r="{_n(radius)}" {kind}>{_title(title)}</circle>')
 
+    def dots(self, points: Sequence[tuple[float, float]], radius: float, colour: str, hollow: bool = False) -> None:
+        """Many dots as one element."""
+        if not points:
+            return
+        marks = "".join(f"M{_n(x)} {_n(y)}h0" for x, y in points)
+        rings = ((colour, 2 * radius), ("paper", 2 * radius - 2.2)) if hollow else ((colour, 2 * radius),)
+        for shade, width in rings:
+            self.parts.append(
+                f'<path d="{marks}" class="stroke-{shade}" stroke-width="{_n(width)}" stroke-linecap="round"/>'
+            )
+
     def text(self, x: float, y: float, words: str, kind: str = "", anchor: str = "start", title: str = "") -> None:
         self.parts.append(
-            f'<text x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}" class="{kind}">{escape(words)}{_title(title)}</text>'
+            f'<text x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}" class="{kind}">'
+            f"{_escaped(words)}{_title(title)}</text>"
         )
 
     def inline(self) -> str:
@@ -91,7 +107,7 @@ class Drawing:
     def _element(self, head: str) -> str:
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" class="drawing" viewBox="0 0 {_n(self.width)} {_n(self.height)}" '
-            f'width="{_n(self.width)}" height="{_n(self.height)}" role="img" aria-label="{escape(self.label)}">'
+            f'width="{_n(self.width)}" height="{_n(self.height)}" role="img" aria-label="{_escaped(self.label)}">'
             f"{head}{''.join(self.parts)}</svg>"
         )
 
@@ -101,7 +117,12 @@ def _n(number: float) -> str:
 
 
 def _title(text: str) -> str:
-    return f"<title>{escape(text)}</title>" if text else ""
+    return f"<title>{_escaped(text)}</title>" if text else ""
+
+
+def _escaped(text: str) -> str:
+    """Markup as text; control characters, which no XML file may hold, as a replacement mark."""
+    return escape("".join("\ufffd" if c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c <= "\udfff" else c for c in text))
 
 
 def shortened(text: str, characters: int) -> str:

@@ -50,7 +50,7 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(text.encode("utf-8", "replace"))
         os.replace(partial, path)
     except OSError as error:
         raise PlanError(f"expected a file that can be written at {path}, got {error}") from error
