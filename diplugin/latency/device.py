@@ -13,6 +13,7 @@ It imports nothing but the standard library, numpy and a runtime, and keeps to P
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -30,7 +31,8 @@ PLAN_FORMAT = "diplugin-profile-plan"
 SCHEMA = 1
 DRIFT, MAX_CV = 0.05, 0.05
 PAUSES, PAUSE_S = 3, 5.0
-ROW_FIELDS = ("attempts", "cpu_ms", "cv", "id", "n", "ratio", "rounds", "runs", "sentinel_ms", "unstable", "wall_ms")
+ROW_FIELDS = ("attempts", "cpu_ms", "cv", "id", "n", "peak_mb", "ratio", "rounds", "runs", "sentinel_ms", "unstable",
+              "wall_ms")
 
 
 class ProfileError(Exception):
@@ -116,10 +118,14 @@ def unsealed(line):
 
 
 class Journal:
-    """Append-only JSON lines: a header, then one row a finished job, each synced before the next begins."""
+    """Append-only JSON lines: a header, then one row a finished job, each synced before the next begins.
 
-    def __init__(self, path, plan):
+    Two processes never write to one journal: a lock file beside it keeps the second out, or lets it wait.
+    """
+
+    def __init__(self, path, plan, wait=None):
         self.path, self.plan = str(path), plan
+        self.lock = locked(self.path, wait)
         self.known = {job["id"] for job in plan["jobs"]}
         self.rows = {}
         self.sessions = []
@@ -149,6 +155,12 @@ class Journal:
                           "provenance": provenance})
         self.fresh = False
 
+    def close(self):
+        """Let other processes at the journal."""
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
+
     def add(self, row):
         row = dict(row, n=1 + max((known["n"] for known in self.rows.values()), default=-1))
         self._append(row)
@@ -163,6 +175,29 @@ class Journal:
         except OSError as error:
             raise ProfileError(f"the journal {self.path!r} cannot be written ({first_line(error)}): make room or name "
                                "another place with --journal; nothing done so far is lost") from None
+
+
+def locked(path, wait):
+    """An open, locked file beside the journal; `wait` is called every second while another process holds it."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        lock = open(path + ".lock", "a")  # noqa: SIM115, held as long as the journal
+    except OSError as error:
+        raise ProfileError(f"the journal {path!r} cannot be written ({first_line(error)}): name another place with "
+                           "--journal") from None
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError:
+            if wait is None:
+                raise ProfileError(f"another process is writing the journal {path!r}: wait for it, or use "
+                                   "--wait") from None
+            wait()
+            time.sleep(1.0)
 
 
 def read_journal(path):
@@ -214,7 +249,7 @@ def check_row(row):
     for name in ("attempts", "n", "rounds", "runs"):
         if type(row[name]) is not int or not 0 <= row[name] < 1 << 31:
             raise ValueError(f"{name} is no count")
-    for name in ("cpu_ms", "cv", "ratio", "sentinel_ms", "wall_ms"):
+    for name in ("cpu_ms", "cv", "peak_mb", "ratio", "sentinel_ms", "wall_ms"):
         if type(row[name]) not in (int, float) or not 0 <= row[name] < 3.6e6:
             raise ValueError(f"{name} is no plausible number")
 
@@ -275,6 +310,16 @@ def provenance(setting):
     clean = {k: "".join(c if c.isprintable() else " " for c in v) if isinstance(v, str) else v
              for k, v in found.items()}
     return {k: v for k, v in clean.items() if v not in ("", None)}
+
+
+def peak_memory_mb():
+    """Most memory that this process has held, in MB (10^6 bytes); 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 3)
 
 
 def throttled():
@@ -436,10 +481,11 @@ class Timer:
         return have >= wanted * self.protocol["patience"] or (have >= wanted and self.cv <= MAX_CV)
 
     def row(self, sentinel_ms, limited):
+        cv, rounds = self.cv, len(self.cpu)
         return {"id": self.job["id"], "cpu_ms": round(floor_of(self.cpu), 6), "wall_ms": round(floor_of(self.wall), 6),
-                "cv": round(self.cv, 5), "ratio": round(min(statistics.median(self.ratio), 1e3), 4), "runs": self.runs,
-                "rounds": len(self.cpu), "attempts": -(-len(self.cpu) // self.protocol["rounds"]),
-                "sentinel_ms": round(sentinel_ms, 6), "unstable": limited or self.cv > MAX_CV}
+                "cv": round(cv, 5), "ratio": round(min(statistics.median(self.ratio), 1e3), 4), "runs": self.runs,
+                "rounds": rounds, "attempts": -(-rounds // self.protocol["rounds"]), "peak_mb": peak_memory_mb(),
+                "sentinel_ms": round(sentinel_ms, 6), "unstable": limited or cv > MAX_CV}
 
 
 class Profiler:
@@ -508,15 +554,21 @@ def chunks(jobs, size):
         yield chunk
 
 
-def profile(bundle, journal_path, progress=None, pause_s=PAUSE_S, runtime=None):
-    """Time every job of a bundle that the journal does not hold yet; returns the journal."""
+def profile(bundle, journal_path, progress=None, pause_s=PAUSE_S, runtime=None, wait=None):
+    """Time every job of a bundle that the journal does not hold yet; returns the journal.
+
+    `wait` is called while another process holds the journal; without it that is an error.
+    """
     setting = bundle.plan["setting"]
     if runtime is None:
         if setting["runtime"] not in RUNTIMES:
             raise ProfileError(f"this file cannot run {str(setting['runtime'])[:40]!r}")
         runtime = RUNTIMES[setting["runtime"]](setting)
-    journal = Journal(journal_path, bundle.plan)
-    Profiler(bundle, journal, runtime, progress, pause_s).run()
+    journal = Journal(journal_path, bundle.plan, wait)
+    try:
+        Profiler(bundle, journal, runtime, progress, pause_s).run()
+    finally:
+        journal.close()
     return journal
 
 
@@ -528,6 +580,10 @@ def progress_line(stream):
     start, last = time.monotonic(), [-1, None]
 
     def show(done, total):
+        with contextlib.suppress(OSError):  # nobody listens any more; measuring goes on
+            tell(done, total)
+
+    def tell(done, total):
         if last[1] is None:
             last[1] = done
         elapsed, fresh = time.monotonic() - start, done - last[1]
@@ -542,16 +598,27 @@ def progress_line(stream):
     return show
 
 
+def waiter(path, bundle, progress):
+    """Shows the progress of the process that holds the journal."""
+    def wait():
+        if progress is not None and os.path.exists(path):
+            with open(path, "rb") as file:
+                progress(max(0, file.read().count(b"\n") - 1), len(bundle.plan["jobs"]))
+    return wait
+
+
 def main(argv=None):
     own = sys.argv[0]
     parser = argparse.ArgumentParser(prog=os.path.basename(own), description="Time this bundle's graphs here.")
     parser.add_argument("--bundle", default=own, help=argparse.SUPPRESS)
     parser.add_argument("--journal", help="where results go (default: the bundle's name with .jsonl)")
+    parser.add_argument("--wait", action="store_true", help="wait for another process that writes the journal")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     args = parser.parse_args(argv)
     journal = args.journal or os.path.splitext(os.path.basename(args.bundle))[0] + ".jsonl"
     try:
-        done = profile(Bundle(args.bundle), journal, None if args.quiet else progress_line(sys.stderr))
+        bundle, progress = Bundle(args.bundle), None if args.quiet else progress_line(sys.stderr)
+        done = profile(bundle, journal, progress, wait=waiter(journal, bundle, progress) if args.wait else None)
     except ProfileError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,8 +6,10 @@ foresee how long the rest takes, and thins further until it fits the time it was
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,7 @@ def profile_here(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(journal) if journal is not None else Path(folder) / "journal.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        run_plan(plan, path, progress)
+        run_bundle(plan, path, progress)
         table = finish(plan.plan, path)
     table = replace(table, alignment=alignment)
     if out is not None:
@@ -77,7 +79,7 @@ def profile_here(
     return table
 
 
-def run_plan(bundle: Any, journal: Path, progress: Progress | None = None, runtime: Any = None) -> device.Journal:
+def run_bundle(bundle: Any, journal: Path, progress: Progress | None = None, runtime: Any = None) -> device.Journal:
     """Time a bundle's jobs here, into a journal.
 
     Raises:
@@ -97,7 +99,7 @@ def probe(
     plan_probes(plan, trace)
     plan.add("net", net_graph(model, example_inputs), {"name": "unpruned", "keys": []})
     with tempfile.TemporaryDirectory() as folder:
-        rows = run_plan(plan, Path(folder) / "probe.jsonl").rows
+        rows = run_bundle(plan, Path(folder) / "probe.jsonl").rows
     table = table_from_rows(plan.plan, rows, {})
     return table.alignment, table.nets[0].measured_ms
 
@@ -122,25 +124,39 @@ def fitting_plan(
 
 @dataclass(frozen=True)
 class OnnxTiming:
-    """A finished ONNX file, timed: `latency_ms` is the median that counts, both clocks are kept."""
+    """A finished ONNX file, timed by the profiler's protocol.
+
+    `latency_ms` is the clock that counts (CPU time with one thread, else wall time). `peak_memory_mb` is that of the
+    whole process that ran it, interpreter and runtime included, and None where it shared a process with other work.
+    """
 
     latency_ms: float
     cpu_ms: float
     wall_ms: float
     cv: float
-    peak_memory_mb: float = 0.0
+    peak_memory_mb: float | None = None
 
 
-def measure_onnx(
-    path: str | Path, *, threads: int = 1, protocol: Protocol = WHOLE_NET
-) -> OnnxTiming:
-    """Time a finished ONNX file on this machine as the profiler times whole nets.
+def measure_onnx(path: str | Path, *, threads: int = 1, protocol: Protocol = WHOLE_NET) -> OnnxTiming:
+    """Time a finished ONNX file on this machine, in this process, as the profiler times whole nets.
 
     Args:
         path: an ONNX file with its weights inside; symbolic dimensions run as 1.
 
     Raises:
         ModelError: ONNX Runtime cannot load or run the file.
+    """
+    plan = onnx_plan(path, threads=threads, protocol=protocol)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_bundle(plan, Path(folder) / "net.jsonl").rows
+    return replace(onnx_timing(plan, rows), peak_memory_mb=None)
+
+
+def onnx_plan(path: str | Path, *, threads: int = 1, protocol: Protocol = WHOLE_NET) -> ProfilePlan:
+    """The bundle that times one finished ONNX file, its weights inside.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the file.
     """
     import onnxruntime
 
@@ -155,11 +171,32 @@ def measure_onnx(
         raise ModelError(f"expected an ONNX file that loads, got {str(path)!r}: {reason}") from None
     plan = ProfilePlan(path.stem, runtime_setting(threads), protocol)
     plan.add("net", (blob, inputs), {"name": path.name, "keys": []})
-    with tempfile.TemporaryDirectory() as folder:
-        rows = run_plan(plan, Path(folder) / "net.jsonl").rows
+    return plan
+
+
+def onnx_timing(plan: ProfilePlan, rows: Mapping[str, Mapping[str, Any]]) -> OnnxTiming:
+    """What a journal says of the one net of an `onnx_plan`."""
     row = rows[plan.jobs[-1].id]
-    latency = row["cpu_ms"] if threads == 1 else row["wall_ms"]
-    return OnnxTiming(latency, row["cpu_ms"], row["wall_ms"], row["cv"])
+    latency = row["cpu_ms"] if plan.setting.threads == 1 else row["wall_ms"]
+    return OnnxTiming(latency, row["cpu_ms"], row["wall_ms"], row["cv"], row["peak_mb"] or None)
+
+
+def measure_apart(path: str | Path, *, threads: int = 1) -> OnnxTiming:
+    """Time a finished ONNX file on this machine in a process of its own, which also tells its peak memory.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the file.
+        TableError: the process failed.
+    """
+    plan = onnx_plan(path, threads=threads)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle, journal = plan.save(Path(folder) / "net.pyz"), Path(folder) / "net.jsonl"
+        command = [sys.executable, str(bundle), "--journal", str(journal), "--quiet"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise TableError(f"expected the timing of {str(path)!r} to run, got {lines[-1][:300]}")
+        return onnx_timing(plan, device.read_journal(str(journal))[1])
 
 
 def _numpy_type(name: str) -> str:
