@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch_pruning.ops import OPTYPE
 
 from .errors import ModelError, PlanError
@@ -106,7 +107,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
         model.eval()
         for p in frozen:
             p.requires_grad_(True)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for p in frozen:
@@ -133,13 +134,32 @@ def dependency_graph(
     with traceable(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
+            # Once without torch-pruning, which would hide why a call fails and leave its hooks behind.
+            _check_output(model, model(*example_inputs) if forward is None else forward(model, example_inputs))
             return tp.DependencyGraph().build_dependency(model, example_inputs, forward_fn=forward, verbose=False)
+        except ModelError:
+            raise
         except Exception as error:
             shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in example_inputs]
             raise ModelError(
                 f"expected a model that runs on example inputs of shapes {shapes}, got {type(error).__name__}: "
                 f"{first_line(error)}; check --example-shape and the model's first layers"
             ) from error
+
+
+def _check_output(model: nn.Module, output: Any) -> None:
+    """Raise ModelError unless there is a graph to follow from the output back to the weights."""
+    tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    if not tensors and not isinstance(output, Mapping):
+        raise ModelError(
+            f"expected a model that returns tensors, alone or in a tuple, list or dict, got {type(output).__name__}; "
+            "wrap it in a module that does"
+        )
+    weights = any(p.requires_grad for p in model.parameters())
+    if tensors and weights and not any(t.requires_grad for t in tensors):
+        raise ModelError(
+            "expected an output that depends on the model's weights, got one without gradients; return it undetached"
+        )
 
 
 def first_line(error: BaseException) -> str:
@@ -230,7 +250,7 @@ def _common_blocks(channels: int, one: int, other: int) -> int:
 
 
 def _note_partial(groups: list[ChannelGroup], graph: tp.DependencyGraph) -> list[ChannelGroup]:
-    """Leave alone groups whose producers are covered only in part: zero-padded or sliced shortcuts."""
+    """Leave alone groups whose producers are covered in part or beyond their width: zero-padded, sliced shortcuts."""
     covered: dict[str, set[int]] = {}
     for group in groups:
         for m in group.members:
@@ -239,7 +259,7 @@ def _note_partial(groups: list[ChannelGroup], graph: tp.DependencyGraph) -> list
     modules = {name: module for module, name in graph._module2name.items()}
     partial = {
         name for name, seen in covered.items()
-        if name in modules and len(seen) < (graph.get_out_channels(modules[name]) or 0)
+        if name in modules and len(seen) != (graph.get_out_channels(modules[name]) or len(seen))
     }  # fmt: skip
 
     def note(group: ChannelGroup) -> ChannelGroup:
@@ -282,10 +302,10 @@ def remove_channels(
             if not channels:
                 continue
             module = modules.get(name)
-            pruner = graph.get_pruner_of_module(module) if module is not None else None
-            if module is None or pruner is None:
+            pruner = graph.get_pruner_of_module(module) if module in graph.module2node else None
+            width = graph.get_out_channels(module) if pruner is not None else None
+            if pruner is None or width is None:
                 raise PlanError(f"expected a prunable layer named {name!r}, the model has none: another model's plan?")
-            width = graph.get_out_channels(module)
             if max(channels) >= width or min(channels) < 0 or len(set(channels)) >= width:
                 raise PlanError(f"expected channels of {name!r} below {width} with one left over, got {list(channels)}")
             graph.get_pruning_group(module, pruner.prune_out_channels, sorted(channels)).prune(record_history=False)

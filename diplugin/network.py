@@ -136,9 +136,12 @@ def trace_network(model: nn.Module, example_inputs: tuple[Any, ...], *, verify: 
         verify: check every group on a pruned copy (about two further forward passes and a copy of the model).
 
     Raises:
-        ModelError: the model does not run, or returns nothing that depends on its inputs.
+        ModelError: the model does not run, or returns nothing that depends on its weights.
     """
     groups = trace_groups(model, example_inputs)
+    odd = [type(x).__name__ for x in example_inputs if not isinstance(x, Tensor)]
+    if odd:
+        raise ModelError(f"expected tensors as example inputs, got {odd[0]}; bind it in a wrapping module")
     if verify:
         groups = _verified(model, example_inputs, groups)
     parameters = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
@@ -151,14 +154,16 @@ def record_layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[Lay
     calls: list[tuple[str, nn.Module, Tensor, Tensor, Any]] = []
 
     def hook(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                calls.append((name, module, args[0], output, output.grad_fn))
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            read = next(iter((*args, *kwargs.values())), None)
+            if isinstance(read, Tensor) and isinstance(output, Tensor):
+                calls.append((name, module, read, output, output.grad_fn))
 
         return record
 
     kinds = (*_CONVS, *_TRANSPOSED, nn.Linear, *_NORMS)
-    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
+    handles = [m.register_forward_hook(hook(name), with_kwargs=True)
+               for name, m in model.named_modules() if isinstance(m, kinds)]  # fmt: skip
     try:
         with traceable(model):
             output = model(*example_inputs)
