@@ -87,7 +87,7 @@ def scaled(number: float) -> str:
 
 def significant(number: float) -> str:
     """Three figures, at most four decimals, no exponent for sizes that occur."""
-    size = abs(number)
+    size = abs(float(f"{number:.3g}"))  # 0.9996 is one of the ones
     if size >= 100 or number == 0:
         return f"{number:,.0f}"
     if size >= 10:

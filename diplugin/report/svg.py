@@ -122,7 +122,9 @@ def _title(text: str) -> str:
 
 def _escaped(text: str) -> str:
     """Markup as text; control characters, which no XML file may hold, as a replacement mark."""
-    return escape("".join("\ufffd" if c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c <= "\udfff" else c for c in text))
+    return escape(
+        "".join("\ufffd" if c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c <= "\udfff" else c for c in text)
+    )
 
 
 def shortened(text: str, characters: int) -> str:
