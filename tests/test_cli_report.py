@@ -66,7 +66,7 @@ def test_report_writes_the_page_and_the_pictures(
 def test_report_of_a_killed_run_is_the_users_error(run_folder: tuple[Path, nn.Module]) -> None:
     folder, _ = run_folder
     (folder / "metrics.json").unlink()
-    with pytest.raises(PlanError, match="lacks metrics.json; finish it with --resume") as caught:
+    with pytest.raises(PlanError, match=r"lacks metrics\.json; finish it with --resume") as caught:
         call(report_command, "report", str(folder))
     assert caught.value.exit_code == 2
 
@@ -94,6 +94,6 @@ def test_export_asks_for_the_model_where_the_run_does_not_say(
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match="expected --model"):
         call(export_command, "export", str(folder), "--out", str(tmp_path / "x.onnx"))
-    with pytest.raises(PlanError, match="config.json"):
+    with pytest.raises(PlanError, match=r"config\.json"):
         call(export_command, "export", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x.onnx"))
     assert not (tmp_path / "x.onnx").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from diplugin.report.format import (
@@ -69,7 +71,7 @@ def test_ticks_lie_within_and_step_evenly() -> None:
     for low, high in [(0, 1), (0.37, 0.98), (-3, 5), (0.00012, 0.00019), (0, 1234567)]:
         marks = ticks(low, high)
         assert 2 <= len(marks) <= 12 and low <= marks[0] + 1e-9 and marks[-1] <= high * (1 + 1e-9)
-        steps = {round((b - a) / (marks[1] - marks[0]), 6) for a, b in zip(marks, marks[1:], strict=False)}
+        steps = {round((b - a) / (marks[1] - marks[0]), 6) for a, b in pairwise(marks)}
         assert steps == {1.0}
         assert [float(t.replace(",", "").replace("−", "-")) for t in tick_labels(marks)] == pytest.approx(marks)
     assert ticks(2, 2) == [2] and tick_labels([0]) == ["0"]
