@@ -1,0 +1,34 @@
+"""Watching feature maps go by: scores are computed inside the forward hook, and no map outlives it.
+
+`score_points` runs a model over chunks of images and returns one vector of scores for every tapped tensor; alone or
+with other processes (`sharing`), to the end of the data or until the ranking is reliable (`stability`), with a note of
+what it cost (`profile`) if one is wanted.
+"""
+
+from __future__ import annotations
+
+from .batches import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, forward_inputs, labels_of, to_device
+from .observe import Observation, score_points
+from .profile import LayerProfile, ScoreProfile
+from .scene import Scene, observing
+from .stability import UntilStable, rank_correlation, reliability
+
+__all__ = [
+    "CHUNK_SIZE",
+    "Forward",
+    "GetLabels",
+    "LayerProfile",
+    "Observation",
+    "Scene",
+    "ScoreProfile",
+    "UntilStable",
+    "chunks",
+    "device_of",
+    "forward_inputs",
+    "labels_of",
+    "observing",
+    "rank_correlation",
+    "reliability",
+    "score_points",
+    "to_device",
+]

@@ -1,0 +1,107 @@
+"""Batches of a loader, read and cut.
+
+DI depends on how many images it sees at once, so it is defined over chunks of 250 images in the order of the data,
+whatever the loader's batch size; a tail shorter than half a chunk joins the chunk before it. `chunks` re-batches any
+loader so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import DataError
+from ..groups import first_line
+
+CHUNK_SIZE = 250
+
+GetLabels = Callable[[Any], Tensor]
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def labels_of(batch: Any) -> Tensor:
+    """The labels of an (inputs, labels) batch.
+
+    Raises:
+        DataError: the batch is of another form.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[1]
+    raise DataError(
+        f"expected batches of (inputs, labels), got {_form(batch)}; pass get_labels= and forward= for other forms"
+    )
+
+
+def forward_inputs(model: nn.Module, batch: Any) -> Any:
+    """Run the model on the inputs of an (inputs, labels) batch; a tuple or dict of inputs is spread."""
+    inputs = batch[0]
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _form(batch: Any) -> str:
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {len(batch)} ({', '.join(type(x).__name__ for x in batch[:4])})"
+    return type(batch).__name__
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor on `device`."""
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lives."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def chunks(loader: Iterable[Any], size: int = CHUNK_SIZE) -> Iterator[Any]:
+    """Re-batch a loader into chunks of `size` images in order; a tail below size/2 joins the chunk before.
+
+    A batch whose leaves are not all tensors of one length (detection targets, say) cannot be cut: such batches are
+    passed on as they come.
+    """
+    pending: list[Any] = []
+    count = 0
+    for batch in loader:
+        length = _length(batch)
+        if length is None:
+            yield batch
+            continue
+        pending.append(batch)
+        count += length
+        # Half a chunk is held back, so that a short tail can still join the last chunk.
+        while count >= size + (size + 1) // 2:
+            joined = _join(pending)
+            yield pytree.tree_map(lambda x: x[:size], joined)
+            pending, count = [pytree.tree_map(lambda x: x[size:], joined)], count - size
+    if count:
+        joined = _join(pending)
+        if count > size + (size - 1) // 2:
+            yield pytree.tree_map(lambda x: x[:size], joined)
+            joined = pytree.tree_map(lambda x: x[size:], joined)
+        yield joined
+
+
+def _length(batch: Any) -> int | None:
+    leaves = pytree.tree_leaves(batch)
+    if not leaves or not all(isinstance(x, Tensor) and x.ndim > 0 for x in leaves):
+        return None
+    lengths = {len(x) for x in leaves}
+    if len(lengths) != 1:
+        raise DataError(f"expected inputs and labels of one length in a batch, got lengths {sorted(lengths)}")
+    return lengths.pop()
+
+
+def _join(batches: list[Any]) -> Any:
+    if len(batches) == 1:
+        return batches[0]
+    try:
+        return pytree.tree_map(lambda *xs: torch.cat(xs), *batches)
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"expected batches of one shape, got {first_line(error)}") from error
