@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import DataError
+from ..errors import DataError, UserError
 from ..groups import first_line
 
 CHUNK_SIZE = 250
@@ -65,7 +65,13 @@ def chunks(loader: Iterable[Any], size: int = CHUNK_SIZE) -> Iterator[Any]:
 
     A batch whose leaves are not all tensors of one length (detection targets, say) cannot be cut: such batches are
     passed on as they come.
+
+    Raises:
+        UserError: a size below 1.
+        DataError: batches that cannot be joined.
     """
+    if size < 1:
+        raise UserError(f"expected chunks of 1 image or more, got a chunk size of {size}")
     pending: list[Any] = []
     count = 0
     for batch in loader:
@@ -81,11 +87,7 @@ def chunks(loader: Iterable[Any], size: int = CHUNK_SIZE) -> Iterator[Any]:
             yield pytree.tree_map(lambda x: x[:size], joined)
             pending, count = [pytree.tree_map(lambda x: x[size:], joined)], count - size
     if count:
-        joined = _join(pending)
-        if count > size + (size - 1) // 2:
-            yield pytree.tree_map(lambda x: x[:size], joined)
-            joined = pytree.tree_map(lambda x: x[size:], joined)
-        yield joined
+        yield _join(pending)
 
 
 def _length(batch: Any) -> int | None:

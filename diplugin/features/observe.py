@@ -134,6 +134,6 @@ def _targets(seen: Observation, batch: Any) -> Tensor | None:
     labels = seen.get_labels(batch)
     if not isinstance(labels, Tensor):
         raise DataError(f"expected labels as a tensor, got {type(labels).__name__}; pass get_labels=")
-    if labels.ndim == 1 and len(labels) > 0 and bool((labels == labels[0]).all()):
+    if labels.ndim in (1, 2) and len(labels) > 0 and bool((labels == labels[0]).all()):
         return None
     return label_targets(labels, class_weight=seen.class_weight)

@@ -149,7 +149,9 @@ def _attach(scene: Scene, point: TapPoint, module: nn.Module) -> Any:
             scene.see(point, tensor, _channel_dim(module, tensor))
 
     if point.side == "in":
-        return module.register_forward_pre_hook(lambda _, args: see(args[0] if args else None))
+        return module.register_forward_pre_hook(
+            lambda _, args, kwargs: see(next(iter((*args, *kwargs.values())), None)), with_kwargs=True
+        )
     return module.register_forward_hook(lambda _module, _args, output: see(output))
 
 

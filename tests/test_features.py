@@ -1,0 +1,425 @@
+"""Watching features go by: the chunks are the data, the scores are those of the formula, and nothing stays behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from diplugin.discriminant import channel_scores
+from diplugin.errors import DataError, DISaturationWarning, ModelError, UserError
+from diplugin.features import Observation, chunks, labels_of, score_points
+from diplugin.taps import TapPoint
+
+MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
+
+
+def numbered(total: int, batch: int) -> list[tuple[Tensor, Tensor]]:
+    """A loader whose images and labels say which ones they are."""
+    ids = torch.arange(total)
+    return list(zip((10 * ids).split(batch), ids.split(batch), strict=True))
+
+
+# --- chunks ---
+
+
+@given(total=st.integers(1, 90), batch=st.integers(1, 100), size=st.integers(1, 30))
+def test_chunks_are_the_data_in_order(total: int, batch: int, size: int) -> None:
+    got = list(chunks(numbered(total, batch), size))
+    assert torch.equal(torch.cat([labels for _, labels in got]), torch.arange(total))
+    assert all(torch.equal(images, 10 * labels) for images, labels in got)
+    lengths = [len(labels) for _, labels in got]
+    assert all(length == size for length in lengths[:-1])
+    assert lengths[-1] < size + size / 2
+    assert lengths[-1] >= size / 2 or len(lengths) == 1
+
+
+@given(total=st.integers(1, 90), batches=st.tuples(st.integers(1, 100), st.integers(1, 100)), size=st.integers(1, 30))
+def test_chunks_do_not_know_the_batch_size(total: int, batches: tuple[int, int], size: int) -> None:
+    one, two = ([labels.tolist() for _, labels in chunks(numbered(total, b), size)] for b in batches)
+    assert one == two
+
+
+def test_a_short_tail_joins_the_chunk_before() -> None:
+    lengths = {n: [len(y) for _, y in chunks(numbered(n, 7), 10)] for n in (4, 10, 14, 15, 24, 25)}
+    assert lengths == {4: [4], 10: [10], 14: [14], 15: [10, 5], 24: [10, 14], 25: [10, 10, 5]}
+
+
+def test_dicts_and_nested_batches_are_cut_too() -> None:
+    batch = {"image": torch.arange(6), "more": [torch.arange(6) + 1]}
+    got = list(chunks([batch, batch], 4))
+    assert [len(b["image"]) for b in got] == [4, 4, 4]
+    assert got[1]["image"].tolist() == [4, 5, 0, 1]
+    assert got[1]["more"][0].tolist() == [5, 6, 1, 2]
+
+
+@pytest.mark.parametrize("batch", [(torch.zeros(4, 3), [{"boxes": 1}] * 4), (torch.zeros(4, 3), 5), "text", ()])
+def test_batches_that_cannot_be_cut_pass_as_they_are(batch: Any) -> None:
+    assert list(chunks([batch, batch], 3)) == [batch, batch]
+
+
+def test_images_and_labels_of_different_length() -> None:
+    with pytest.raises(DataError, match=r"one length in a batch, got lengths \[3, 4\]"):
+        list(chunks([(torch.zeros(4, 3), torch.zeros(3))], 250))
+
+
+def test_batches_of_different_shapes() -> None:
+    with pytest.raises(DataError, match="batches of one shape"):
+        list(chunks([(torch.zeros(4, 3), torch.zeros(4)), (torch.zeros(4, 5), torch.zeros(4))], 250))
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_chunks_of_nothing(size: int) -> None:
+    with pytest.raises(UserError, match="chunk"):
+        next(chunks(numbered(5, 2), size))
+
+
+# --- scores are the formula's ---
+
+
+def captured(model: nn.Module, images: Tensor, layer: str, side: str) -> list[Tensor]:
+    """What a layer reads or writes on these images, every call."""
+    seen: list[Tensor] = []
+    module = dict(model.named_modules())[layer]
+    handle = module.register_forward_hook(
+        lambda _m, args, out: seen.append((args[0] if side == "in" else out).detach())
+    )
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    return seen
+
+
+def by_formula(
+    model: nn.Module, images: Tensor, labels: Tensor, point: TapPoint, size: int, channels_last: bool = False
+) -> Tensor:
+    """Scores by the exact functions in float64 on stored maps, averaged over chunks by their images."""
+    total = torch.zeros(())
+    for (x,), (y,) in zip(chunks([(images,)], size), chunks([(labels,)], size), strict=True):
+        calls = captured(model, x, point.layer, point.side)
+        maps = [m.movedim(-1, 1) if channels_last else m for m in calls]
+        total = total + len(x) * torch.stack([channel_scores(m, y) for m in maps]).mean(0)
+    return total / len(images)
+
+
+@pytest.mark.parametrize(
+    ("kind", "points"),
+    [
+        ("plain", [("3", "in"), ("3", "out"), ("1", "out"), ("11", "in")]),
+        ("residual", [("c1", "in"), ("project", "out"), ("head", "in")]),
+        ("depthwise", [("depth.0", "in"), ("squeeze.0", "in"), ("project.0", "in")]),
+        ("vgg", [("6", "in"), ("8", "in")]),
+        ("twice", [("shared", "in"), ("shared", "out")]),
+    ],
+)
+def test_scores_are_those_of_the_formula(
+    make_net: MakeNet, make_images: Any, kind: str, points: list[tuple[str, Any]]
+) -> None:
+    model, _ = make_net(kind)
+    data = make_images(70)
+    wanted = [TapPoint(*p) for p in points]
+    got = score_points(model, data.loader(16), wanted, Observation(chunk_size=30))
+    assert set(got) == set(wanted)
+    for point in wanted:
+        assert got[point].images == 70
+        expected = by_formula(model, data.images, data.labels, point, 30)
+        torch.testing.assert_close(got[point].scores, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_tokens_have_their_channels_last(make_net: MakeNet, make_images: Any) -> None:
+    model, _ = make_net("tokens")
+    data = make_images(60)
+    points = [TapPoint("up", "in"), TapPoint("up", "out"), TapPoint("down", "in"), TapPoint("head", "in")]
+    got = score_points(model, data.loader(60), points)
+    for point in points:
+        expected = by_formula(model, data.images, data.labels, point, 250, channels_last=True)
+        torch.testing.assert_close(got[point].scores, expected, rtol=1e-4, atol=1e-9)
+
+
+class Windows(nn.Module):
+    """Folds positions into the batch before a layer and back after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Conv2d(3, 6, 4, stride=4), nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)  # [N, 4, 6]
+        y = self.inner(x.reshape(-1, 6)).view(len(x), 4, 5)
+        return self.head(y.mean(1))
+
+
+def test_positions_folded_into_the_batch_are_unfolded(make_images: Any) -> None:
+    model, data = Windows().eval(), make_images(40)
+    point = TapPoint("inner", "out")
+    got = score_points(model, data.loader(40), [point])[point]
+    maps = captured(model, data.images, "inner", "out")[0].view(40, 4, 5).transpose(1, 2)
+    torch.testing.assert_close(got.scores, channel_scores(maps, data.labels), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 250, 333, 600])
+def test_the_same_scores_whatever_the_batch_size(make_net: MakeNet, make_images: Any, batch: int) -> None:
+    model, _ = make_net("plain")
+    data = make_images(600)
+    points = [TapPoint("3", "in"), TapPoint("7", "in"), TapPoint("11", "in")]
+    expected = score_points(model, data.loader(100), points)
+    got = score_points(model, data.loader(batch), points)
+    for point in points:
+        assert torch.equal(got[point].scores, expected[point].scores)
+        assert got[point].di == expected[point].di
+
+
+@settings(max_examples=15, deadline=None)
+@given(batch=st.integers(1, 120), count=st.integers(20, 120))
+def test_the_same_scores_whatever_the_batch_size_drawn(batch: int, count: int) -> None:
+    torch.manual_seed(count)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    images, labels = torch.randn(count, 5), torch.arange(count) % 3
+    point = TapPoint("2", "in")
+    one, two = (
+        score_points(
+            model, list(zip(images.split(b), labels.split(b), strict=True)), [point], Observation(chunk_size=40)
+        )
+        for b in (batch, count)
+    )
+    assert torch.equal(one[point].scores, two[point].scores)
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "channels_last"])
+def test_dtype_and_memory_format(make_net: MakeNet, make_images: Any, change: str) -> None:
+    model, _ = make_net("plain")
+    data = make_images(120)
+    points = [TapPoint("3", "in"), TapPoint("11", "in")]
+    expected = score_points(model, data.loader(40), points)
+    if change == "bfloat16":
+        model, images = model.bfloat16(), data.images.bfloat16()
+    else:
+        model, images = model.to(memory_format=torch.channels_last), data.images.to(memory_format=torch.channels_last)
+    got = score_points(model, [(images, data.labels)], points)
+    for point in points:
+        close = {"rtol": 0.1, "atol": 0.02} if change == "bfloat16" else {"rtol": 1e-3, "atol": 1e-6}
+        torch.testing.assert_close(got[point].scores, expected[point].scores, **close)
+        assert got[point].scores.dtype == torch.float64
+
+
+def test_targets_of_every_form(make_net: MakeNet, make_images: Any) -> None:
+    """Class ids and their one-hot form give the same scores; multi-label and real targets are taken."""
+    model, _ = make_net("plain")
+    data = make_images(100)
+    point = TapPoint("7", "in")
+
+    def scores(labels: Tensor) -> Tensor:
+        return score_points(model, [(data.images, labels)], [point])[point].scores
+
+    one_hot = F.one_hot(data.labels)
+    torch.testing.assert_close(scores(data.labels), scores(one_hot))
+    torch.testing.assert_close(scores(data.labels), scores(3 * one_hot.double() - 1))
+    assert scores((torch.rand(100, 5) > 0.5).float()).sum() > 0
+
+
+def test_other_batches_by_get_labels_and_forward(make_net: MakeNet, make_images: Any) -> None:
+    model, _ = make_net("plain")
+    data = make_images(80)
+    point = TapPoint("7", "in")
+    expected = score_points(model, data.loader(20), [point])[point].scores
+    batches = [{"pixels": x, "meta": {"class": y}} for x, y in data.loader(20)]
+    seen = Observation(get_labels=lambda b: b["meta"]["class"], forward=lambda m, b: m(b["pixels"]))
+    assert torch.equal(score_points(model, batches, [point], seen)[point].scores, expected)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.head(F.relu(self.mix(torch.cat([left, right], 1))))
+
+
+def test_tuples_and_dicts_of_inputs_are_spread() -> None:
+    model, point = TwoInputs().eval(), TapPoint("head", "in")
+    left, right, labels = torch.randn(40, 3), torch.randn(40, 5), torch.arange(40) % 3
+    one, two = (
+        score_points(model, [(inputs, labels)], [point])[point].scores
+        for inputs in ((left, right), {"right": right, "left": left})
+    )
+    assert torch.equal(one, two)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(input=F.relu(self.one(input=x)))
+
+
+def test_layers_called_by_keyword_are_scored_too() -> None:
+    point = TapPoint("two", "in")
+    assert set(score_points(ByKeyword(), [(torch.randn(40, 8), torch.arange(40) % 3)], [point])) == {point}
+
+
+def test_chunks_of_one_class_say_nothing_and_do_no_harm(make_net: MakeNet, make_images: Any) -> None:
+    model, _ = make_net("plain")
+    data = make_images(90)
+    order = data.labels.argsort()
+    images, labels = data.images[order], data.labels[order]
+    point = TapPoint("7", "in")
+    for targets in (labels, F.one_hot(labels)):
+        got = score_points(model, [(images, targets)], [point], Observation(chunk_size=10))[point]
+        assert 0 < got.images < 90
+
+
+def test_a_layer_that_never_runs_is_left_out(make_images: Any) -> None:
+    model = nn.ModuleDict({"used": nn.Conv2d(3, 4, 3), "unused": nn.Conv2d(3, 4, 3)})
+    data = make_images(30)
+    seen = Observation(forward=lambda m, b: m["used"](b[0]))
+    points = [TapPoint("used", "out"), TapPoint("unused", "out")]
+    assert set(score_points(model, data.loader(30), points, seen)) == {points[0]}
+
+
+# --- everything is left as it was ---
+
+
+class Breaks(nn.Module):
+    """Raises on its second forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.drop, self.calls = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 1:
+            raise ZeroDivisionError("on the second pass")
+        return self.drop(self.bn(self.conv(x)))
+
+
+def endless_trouble(batches: list[Any]) -> Iterator[Any]:
+    yield from batches
+    raise OSError("the disk is gone")
+
+
+def test_state_is_restored_whatever_fails(make_images: Any, state_of: Any, assert_same_state: Any) -> None:
+    data = make_images(60)
+    model = Breaks().train()
+    model.bn.eval()
+    points = [TapPoint("conv", "out"), TapPoint("bn", "in")]
+    before = state_of(model)
+    with pytest.raises(ModelError, match="on the second pass"):
+        score_points(model, data.loader(20), points, Observation(chunk_size=20))
+    assert_same_state(model, before)
+    model.calls = -100
+    with pytest.raises(OSError, match="disk"):
+        score_points(model, endless_trouble(data.loader(20)), points, Observation(chunk_size=20))
+    assert_same_state(model, before)
+    with pytest.raises(KeyError):
+        score_points(model, data.loader(20), points, Observation(get_labels=lambda b: {}["labels"]))
+    assert_same_state(model, before)
+    score_points(model, data.loader(20), points)
+    assert_same_state(model, before)
+
+
+def test_training_mode_stays_and_statistics_do_not_move(
+    make_net: MakeNet, make_images: Any, state_of: Any, assert_same_state: Any
+) -> None:
+    model, _ = make_net("residual")
+    evaluated = score_points(model, make_images(50).loader(50), [TapPoint("head", "in")])
+    model.train()
+    before = state_of(model)
+    trained = score_points(model, make_images(50).loader(50), [TapPoint("head", "in")])
+    assert_same_state(model, before)
+    assert torch.equal(*(s[TapPoint("head", "in")].scores for s in (evaluated, trained)))
+
+
+def test_no_gradients_are_kept(make_net: MakeNet, make_images: Any) -> None:
+    model, _ = make_net("plain")
+    needed: list[bool] = []
+    model.register_forward_hook(lambda _m, _a, out: needed.append(out.requires_grad))
+    score_points(model, make_images(30).loader(30), [TapPoint("3", "in")])
+    assert needed == [False]
+
+
+# --- bad input ---
+
+POINT = TapPoint("0", "out")
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3))
+
+
+X = torch.randn(12, 4)
+Y = torch.arange(12) % 3
+
+
+@pytest.mark.parametrize(
+    ("loader", "text"),
+    [
+        ([], "an empty one"),
+        ([(X, torch.zeros(12).long())], "labels that differ"),
+        ([(X[:1], Y[:1])], "labels that differ"),
+        ([(X, Y - 1)], "start at 0"),
+        ([(X, Y.float())], "class ids are integers"),
+        ([(X, Y.float()[:, None].fill_(torch.nan))], "NaN"),
+        ([(X, Y[:, None, None])], "shape"),
+        ([(X, Y[:7])], "one length"),
+        ([X], r"\(inputs, labels\)"),
+        ([(X, Y, Y)], r"a tuple of 3"),
+        ([{"x": X}], "got dict"),
+        ([(X, None)], r"\(inputs, labels\)"),
+        ([(X, Y.tolist())], r"\(inputs, labels\)"),
+        ([(X, torch.tensor(3))], "shape"),
+        ([(X.fill_(0) + torch.nan, Y)], "NaN"),
+        ([(torch.full((12, 4), torch.inf), Y)], "NaN or infinity"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_data_that_cannot_be_used(loader: Any, text: str) -> None:
+    with pytest.raises(DataError, match=text) as caught:
+        score_points(linear(), loader, [POINT])
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_features_name_their_layer(make_net: MakeNet, make_images: Any) -> None:
+    model, _ = make_net("plain")
+    with torch.no_grad():
+        model.get_submodule("3").weight[0] = torch.nan
+    with pytest.raises(DataError, match=r"input of 7: .*NaN"):
+        score_points(model, make_images(20).loader(20), [TapPoint("7", "in")])
+
+
+def test_inputs_that_do_not_fit_the_model() -> None:
+    with pytest.raises(ModelError, match="expected a model that runs on the batches, got RuntimeError"):
+        score_points(linear(), [(torch.randn(12, 5), Y)], [POINT])
+
+
+def test_labels_of_another_type() -> None:
+    with pytest.raises(DataError, match="labels as a tensor, got list"):
+        score_points(linear(), [(torch.randn(12, 4), Y)], [POINT], Observation(get_labels=lambda b: b[1].tolist()))
+
+
+def test_an_unknown_layer() -> None:
+    with pytest.raises(ModelError, match="'nope'"):
+        score_points(linear(), [(torch.randn(12, 4), Y)], [TapPoint("nope", "in")])
+
+
+def test_saturation_warns() -> None:
+    images = torch.randn(60, 400) * 0.01
+    images[:, :3] += 5 * F.one_hot(torch.arange(60) % 3)
+    model = nn.Sequential(nn.Identity())
+    with pytest.warns(DISaturationWarning, match="0"):
+        score_points(model, [(images, torch.arange(60) % 3)], [POINT], Observation(rho=1e-4))
+
+
+def test_labels_of_reads_pairs_only() -> None:
+    assert labels_of([X, Y]) is Y
+    with pytest.raises(DataError, match="get_labels="):
+        labels_of((X, Y, Y))
