@@ -146,7 +146,21 @@ def trace_network(model: nn.Module, example_inputs: tuple[Any, ...], *, verify: 
         groups = _verified(model, example_inputs, groups)
     parameters = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
     inputs = tuple(TensorSpec.of(x) for x in example_inputs)
-    return NetworkTrace(tuple(groups), tuple(record_layers(model, example_inputs)), inputs, parameters)
+    layers = tuple(record_layers(model, example_inputs))
+    return NetworkTrace(_in_execution_order(groups, layers), layers, inputs, parameters)
+
+
+def _in_execution_order(groups: Iterable[ChannelGroup], layers: Sequence[LayerSpec]) -> tuple[ChannelGroup, ...]:
+    """Groups by the first call of any layer that produces them: the order in which people read a network."""
+    calls: dict[str, int] = {}
+    for i, layer in enumerate(layers):
+        calls.setdefault(layer.name, i)
+    last = len(layers)
+
+    def first_call(group: ChannelGroup) -> int:
+        return min((calls.get(m.layer, last) for m in group.members if m.side == "out"), default=last)
+
+    return tuple(sorted(groups, key=first_call))
 
 
 def record_layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[LayerSpec]:

@@ -36,6 +36,7 @@ from .holdout import Split, split_holdout
 from .network import NetworkTrace, trace_network
 from .plan import PlannedCost, PruningPlan
 from .recovery import EpochReport, FineTuning, train
+from .report import table_info, write_report
 from .run_folder import METRICS, ONNX, REPORT, SCORES, RunFolder
 from .scoring import GroupScores
 from .search import SearchLimits
@@ -310,12 +311,10 @@ class _Run:
             "chose": f"{self.split.sizes[0]} training images",
             "judged": "test data, read once" if self.test is not None else f"holdout of {self.split.sizes[1]} images",
         }
-        metrics["latency_table"] = self._table_text()
+        metrics["latency_table"] = table_info(self.table) if self.table is not None else None
         metrics["versions"] = versions()
         metrics["seed"] = self.seed
         self.folder.write_json(METRICS, _finite(metrics))
-        from .report import write_report
-
         write_report(self.folder.path)
         self.folder.finish()
         self.tell(f"report: {self.folder.path / REPORT}")
@@ -368,14 +367,6 @@ class _Run:
         from .latency import measure_onnx
 
         return measure_onnx(path, threads=self.table.setting.threads if self.table is not None else 1).latency_ms
-
-    def _table_text(self) -> dict[str, Any] | None:
-        if self.table is None:
-            return None
-        table = self.table
-        return {"name": table.name, "device": table.device, "setting": table.setting.text, "origin": table.origin,
-                "emulated": table.emulated,
-                "calibration": asdict(table.calibration) if table.calibration else None}  # fmt: skip
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
