@@ -35,7 +35,7 @@ from .groups import first_line
 from .holdout import Split, split_holdout
 from .network import NetworkTrace, trace_network
 from .plan import PlannedCost, PruningPlan
-from .recovery import EpochReport, FineTuning, train
+from .recovery import REPAIRS, EpochReport, FineTuning, Repair, train
 from .report import table_info, write_report
 from .run_folder import METRICS, ONNX, REPORT, SCORES, RunFolder
 from .scoring import GroupScores
@@ -87,7 +87,7 @@ def compress(
     rho: float = 10.0,
     tap: Tap | None = None,
     limits: SearchLimits | None = None,
-    compensation: bool = True,
+    repairs: Sequence[Repair] = REPAIRS,
     images: int = 2000,
     holdout: float = 0.1,
     seed: int = 0,
@@ -104,15 +104,15 @@ def compress(
         example_inputs: positional inputs at batch 1, a tuple of tensors.
         budgets: limits, each on `macs`, `params`, `memory_mb`, or `latency_ms` (which needs a table).
         latency_table: of the target device.
-        recovery: `FineTuning` or `Distillation`; None takes no gradient step, BatchNorm recalibration and
-            compensation still run.
+        recovery: `FineTuning` or `Distillation`; None takes no gradient step, the repairs still run.
         bits: settings of `diplugin.quantize`; None leaves the weights in float.
         out: run folder, new or empty; None writes nothing.
         test_loader: data that is read once, at the end, to judge by; None judges on the holdout.
         augment: varies a batch of training images [N, ...] while fine-tuning.
         rho, tap: of DI.
         limits: floor and alignment of the widths.
-        images: training images used for scores, moments and statistics.
+        repairs: what is tried on the cut network, without a gradient step; the holdout chooses.
+        images: training images used for scores and repairs.
         holdout: fraction of the training data set aside.
         seed: of every random choice.
         resume: go on with a run that was killed.
@@ -122,7 +122,7 @@ def compress(
         UserError: input that cannot be used; the message says what was expected.
         InfeasibleBudget: no structure within reach meets the budgets.
     """
-    strategy = OneShot(rho, tap or AfterActivation(), limits or SearchLimits(), compensation, images, get_labels, forward)
+    strategy = OneShot(rho, tap or AfterActivation(), limits or SearchLimits(), tuple(repairs), images, get_labels, forward)
     config = _config(model, budgets, latency_table, recovery, bits, strategy, holdout, seed, test_loader is not None)
     if not budgets:
         raise BudgetError("expected a budget such as macs=0.5, got none")
@@ -270,7 +270,9 @@ class _Run:
 
     def cut(self, model: nn.Module, trace: NetworkTrace, plan: PruningPlan) -> nn.Module:
         with self.stage("cut"):
-            return self.strategy.carve(model, self.split.scoring, trace, plan)
+            pruned, verdicts = self.strategy.carve(model, self.split.scoring, trace, plan, self.holdout_accuracy)
+        self.tell("cut and repaired, holdout accuracy: " + ", ".join(f"{n} {v:.2%}" for n, v in verdicts.items()))
+        return pruned
 
     def recover(self, pruned: nn.Module, teacher: nn.Module) -> nn.Module:
         assert self.recovery is not None
@@ -333,6 +335,9 @@ class _Run:
         return {"cost": budget.cost, "asked": asked, "predicted": cost.predicted, "measured": measured, "met": met}
 
     # ------------------------------------------------------------------------------------------- figures
+
+    def holdout_accuracy(self, model: nn.Module) -> float:
+        return accuracy(model, self.split.holdout, get_labels=self.strategy.get_labels, forward=self.strategy.forward)
 
     def accuracy(self, model: nn.Module) -> float:
         judge = self.test if self.test is not None else self.split.holdout
@@ -447,7 +452,7 @@ def _config(
         "recovery": None if recovery is None else {"kind": type(recovery).__name__, **asdict(recovery)},
         "bits": None if bits is None else json.loads(json.dumps(asdict(bits), default=str)),
         "rho": strategy.rho, "tap": repr(strategy.tap), "limits": asdict(strategy.limits),
-        "compensation": strategy.compensation, "images": images, "holdout": holdout, "seed": seed,
+        "repairs": [repr(repair) for repair in strategy.repairs], "images": images, "holdout": holdout, "seed": seed,
         "test_data": tested, "versions": versions(),
     }  # fmt: skip
 

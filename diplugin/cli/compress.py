@@ -23,7 +23,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--epochs", type=int, default=5, metavar="N", help="of recovery; 0 for none (default 5)")
     parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate of recovery (default 0.02)")
     parser.add_argument("--no-teacher", action="store_true", help="fine-tune on the labels alone")
-    parser.add_argument("--no-compensation", action="store_true", help="do not fold removed channels into the rest")
     parser.add_argument("--rho", type=float, default=10.0, help="relative ridge of DI (default 10)")
     parser.add_argument("--floor", type=float, default=0.1, help="fraction of every group that stays (default 0.1)")
     parser.add_argument("--align", type=positive, default=1, help="widths are multiples of this (default 1)")
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         result = compress(
             model, data.train, example_inputs=inputs, budgets=budgets, latency_table=table, recovery=recovery,
             bits=_bits(args.bits), out=args.out, test_loader=data.test, augment=data.augment, rho=args.rho,
-            limits=SearchLimits(floor=args.floor, align=args.align), compensation=not args.no_compensation,
+            limits=SearchLimits(floor=args.floor, align=args.align),
             images=args.images, seed=args.seed, resume=args.resume, tell=tell,
         )  # fmt: skip
     print_metrics(result.metrics)

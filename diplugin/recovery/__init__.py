@@ -3,15 +3,26 @@
 from .batchnorm import recalibrate_batchnorm
 from .compensation import compensate
 from .losses import label_loss, teacher_loss
+from .reconstruction import Reconstruction, reconstruct
+from .repair import REPAIRS, Compensate, Cut, Recalibrate, Reconstruct, Repair, best_repair
 from .training import Distillation, EpochReport, FineTuning, train
 
 __all__ = [
+    "REPAIRS",
+    "Compensate",
+    "Cut",
     "Distillation",
     "EpochReport",
     "FineTuning",
+    "Recalibrate",
+    "Reconstruct",
+    "Reconstruction",
+    "Repair",
+    "best_repair",
     "compensate",
     "label_loss",
     "recalibrate_batchnorm",
+    "reconstruct",
     "teacher_loss",
     "train",
 ]

@@ -6,8 +6,7 @@ keeps less (see the study under benchmarks/).
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +16,9 @@ from ..costs import Budget, CostModel
 from ..features import CHUNK_SIZE, Forward, GetLabels, forward_inputs, labels_of
 from ..network import NetworkTrace
 from ..plan import PruningPlan
-from ..recovery import compensate, recalibrate_batchnorm
+from ..recovery import REPAIRS, Cut, Repair, best_repair
 from ..scoring import GroupScores, score_groups
 from ..search import FixedScores, SearchLimits, greedy_search
-from ..surgery import apply_plan
 from ..taps import AfterActivation, Tap
 
 
@@ -32,14 +30,14 @@ class OneShot:
         rho: relative ridge of DI.
         tap: which tensors are scored.
         limits: floor and alignment of the widths.
-        compensation: fold removed channels into the weights that read the kept ones.
-        images: training images used for scores, moments and BatchNorm statistics.
+        repairs: what is tried on the cut network; the holdout chooses among them.
+        images: training images used for scores and repairs.
     """
 
     rho: float = 10.0
     tap: Tap = field(default_factory=AfterActivation)
     limits: SearchLimits = field(default_factory=SearchLimits)
-    compensation: bool = True
+    repairs: tuple[Repair, ...] = REPAIRS
     images: int = 2000
     get_labels: GetLabels = labels_of
     forward: Forward = forward_inputs
@@ -55,13 +53,13 @@ class OneShot:
         """The plan for these scores."""
         return greedy_search(trace, FixedScores(trace.prunable, scores.scores), costs, budgets, self.limits)
 
-    def carve(self, model: nn.Module, loader: Iterable[Any], trace: NetworkTrace, plan: PruningPlan) -> nn.Module:
-        """A pruned, compensated and recalibrated copy of the model."""
-        pruned = copy.deepcopy(model)
-        if self.compensation:
-            compensate(pruned, loader, trace, plan, images=self.images, forward=self.forward)
-        apply_plan(pruned, plan)
-        return recalibrate_batchnorm(pruned, loader, images=self.images, forward=self.forward)
+    def carve(
+        self, model: nn.Module, loader: Iterable[Any], trace: NetworkTrace, plan: PruningPlan,
+        judge: Callable[[nn.Module], float],
+    ) -> tuple[nn.Module, dict[str, float]]:  # fmt: skip
+        """A pruned copy of the model with the repair that the judge likes best, and what it said of each."""
+        cut = Cut(model, loader, trace, plan, self.images, self.forward)
+        return best_repair(cut, self.repairs, judge)
 
 
 def first_images(loader: Iterable[Any], images: int) -> Iterable[Any]:
