@@ -1,0 +1,164 @@
+"""One pass over calibration images: all that rounding and bit allocation need to know of every layer.
+
+Kept per layer and independent of the number of images: the second moment and mean of its inputs (of the patches, for a
+convolution), a sample of input values for the 8-bit grid, and the *label images* Zᵀx. Z = (K + ρI)⁻¹Y is the solution
+of the layer's Discriminant Information problem; a layer is linear in its input, so what an error ΔW of its weights does
+to the label information of its output, EᵀZ, is the layer with weights ΔW applied to those L images: no feature map and
+no perturbed map is kept, whatever the number of bit widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..discriminant import label_targets
+from ..errors import DataError, ModelError
+from ..features import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, to_device
+from .fake import quantizable_layers
+
+_SAMPLES = 40_000
+_PATCHES_PER_IMAGE = 96
+
+
+@dataclass
+class LayerStatistics:
+    """What was seen of one layer; D inputs per output channel (in_channels / groups times kernel positions).
+
+    Attributes:
+        gram: float64 [G, D, D], mean second moment of the inputs of each block of channels.
+        mean: float64 [G, D].
+        samples: float32, input values.
+        label_images: float32 [chunks, L, ...], inputs projected on Z, scaled so that 2·‖layer(label image)‖², summed
+            over labels and positions, is a DI score in fractions of label variance.
+        macs: multiply-accumulates per output channel and image.
+        patches: input vectors in the sums.
+        repeated: whether one forward pass calls it more than once.
+    """
+
+    gram: Tensor
+    mean: Tensor
+    samples: list[Tensor] = field(default_factory=list)
+    label_images: list[Tensor] = field(default_factory=list)
+    macs: float = 0.0
+    patches: int = 0
+    calls: int = 0
+    repeated: bool = False
+
+
+def observe(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    images: int,
+    rho: float,
+    get_labels: GetLabels,
+    forward: Forward,
+    seed: int = 0,
+) -> dict[str, LayerStatistics]:
+    """Statistics of every quantizable layer that runs, by name, in the order of their first call.
+
+    Args:
+        model: in eval mode, BatchNorm folded.
+        loader: batches of calibration data; read until `images` images were seen.
+
+    Raises:
+        DataError: no calibration data, or inputs that are not finite.
+    """
+    seen: dict[str, LayerStatistics] = {}
+    generator = torch.Generator().manual_seed(seed)
+    targets: list[Tensor] = []
+
+    def hook(name: str) -> Any:
+        def look(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            statistics = seen.setdefault(name, _empty(layer))
+            _look(layer, statistics, args[0], output, targets[-1], rho, generator)
+
+        return look
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in quantizable_layers(model).items()]
+    count, device = 0, device_of(model)
+    try:
+        with torch.no_grad():
+            for batch in chunks(loader, min(CHUNK_SIZE, images)):
+                labels = get_labels(batch)
+                targets.append(label_targets(labels))
+                forward(model, to_device(batch, device))
+                count += len(labels)
+                for statistics in seen.values():
+                    statistics.repeated |= statistics.calls > len(targets)
+                if count >= images:
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    if count < 2:
+        raise DataError(f"expected calibration data to set activation ranges by, the loader gave {count} images")
+    return seen
+
+
+def _empty(layer: Any) -> LayerStatistics:
+    groups = getattr(layer, "groups", 1)
+    width = layer.weight[0].numel()
+    return LayerStatistics(torch.zeros(groups, width, width, dtype=torch.float64), torch.zeros(groups, width).double())
+
+
+def _look(
+    layer: Any, statistics: LayerStatistics, x: Tensor, output: Tensor, targets: Tensor, rho: float,
+    generator: torch.Generator,
+) -> None:  # fmt: skip
+    if not bool(torch.isfinite(x).all()):
+        raise ModelError("expected finite activations on the calibration data, got NaN or infinity")
+    statistics.calls += 1
+    flat = x.flatten()
+    picked = torch.randint(len(flat), (min(len(flat), _SAMPLES),), generator=generator)
+    statistics.samples.append(torch.cat([flat[picked.to(flat.device)].cpu(), flat.aminmax().max[None].cpu()]))
+    for part in x.split(50):
+        patches = input_patches(layer, part, generator)
+        statistics.gram += torch.einsum("gpi,gpj->gij", patches, patches).double().cpu()
+        statistics.mean += patches.sum(1).double().cpu()
+        statistics.patches += patches.shape[1]
+    statistics.macs = output[0].numel() / layer.weight.shape[0] * layer.weight[0].numel()
+    if len(x) == len(targets):  # a layer that sees something else than images has no label information to lose
+        statistics.label_images.append(_label_images(x, output, targets, rho))
+
+
+def input_patches(layer: Any, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Input vectors that the layer multiplies with its weight rows: [G, P, D], a random few positions of each image."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1]).float()
+    kernel, stride, dilation, padding = layer.kernel_size, layer.stride, layer.dilation, _padding(layer)
+    if isinstance(layer, nn.Conv1d):
+        x, kernel, stride, dilation, padding = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation), (0, *padding)
+    padded = F.pad(x.float(), [p for pad in reversed(padding) for p in (pad, pad)])
+    patches = F.unfold(padded, kernel, dilation=dilation, stride=stride)
+    picked = torch.randperm(patches.shape[2], generator=generator)[:_PATCHES_PER_IMAGE].to(x.device)
+    images, depth, _ = patches.shape
+    grouped = patches[:, :, picked].reshape(images, layer.groups, depth // layer.groups, -1)
+    return grouped.permute(1, 0, 3, 2).reshape(layer.groups, -1, depth // layer.groups)
+
+
+def _padding(layer: Any) -> tuple[int, ...]:
+    if layer.padding == "valid":
+        return (0,) * len(layer.kernel_size)
+    if layer.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    return tuple(layer.padding)
+
+
+def _label_images(x: Tensor, output: Tensor, targets: Tensor, rho: float) -> Tensor:
+    flat = output.flatten(1).float()
+    flat = flat - flat.mean(0)
+    gram = (flat @ flat.T).double()
+    ridge = float(rho * gram.trace() / len(gram))
+    y = (targets / targets.norm()).to(gram)
+    if ridge <= 0:
+        return torch.zeros(y.shape[1], *x.shape[1:])
+    shifted = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    solution = torch.linalg.solve(shifted, y) * ridge**0.5
+    return torch.einsum("nl,n...->l...", solution.float(), x.float()).cpu()
