@@ -299,21 +299,33 @@ def _full(group: Any) -> tuple[Any, Tensor]:
 
 
 def _broken(group: Any) -> str:
-    """Why a full group cannot be pruned soundly: it reaches only a part of a layer that it claims to own.
+    """Why a full group cannot be pruned soundly; empty if nothing speaks against it.
 
-    So it is with zero-padded and sliced shortcuts, whose shifted channels no dependency graph follows.
+    Zero-padded and sliced shortcuts shift channels in ways that no dependency graph follows. They show in channels
+    that a layer does not have: in the group itself or, where it holds a part of a layer only, in that layer's own.
+    (A part is nothing bad by itself: a layer that is summed with a concatenation belongs to a group for each piece.)
     """
+    graph = group._DG
+    fault = _out_of_range(group)
+    for item in () if fault else group.items:
+        module = item.dep.target.module
+        if isinstance(module, WEIGHTED) and graph.is_out_channel_pruning_fn(item.dep.handler):
+            width = width_of(module, "out")
+            if len(set(item.idxs)) < width:
+                own = graph.get_pruning_group(module, item.dep.handler, list(range(width)))
+                fault = fault or _out_of_range(own)
+    return fault
+
+
+def _out_of_range(group: Any) -> str:
     graph = group._DG
     for item in group.items:
         module = item.dep.target.module
-        if not isinstance(module, WEIGHTED):
-            continue
-        out = graph.is_out_channel_pruning_fn(item.dep.handler)
-        width = width_of(module, "out" if out else "in")
-        name = graph._module2name.get(module, "")
-        whole = len(set(item.idxs)) == width or getattr(module, "groups", 1) == width
-        if max(item.idxs, default=0) >= width or (out and not whole):
-            return f"it holds {len(set(item.idxs))} of {width} channels of {name}: a zero-padded or sliced shortcut"
+        if isinstance(module, WEIGHTED):
+            width = width_of(module, "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in")
+            if (last := max(item.idxs, default=0)) >= width:
+                name = graph._module2name.get(module, "")
+                return f"it leads to channel {last} of {name}, which has {width}: a zero-padded or sliced tensor"
     return ""
 
 

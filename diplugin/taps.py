@@ -5,11 +5,30 @@ depends on the channels beside it), and the scores of its channels are summed on
 exact for the squared Frobenius norms that first-order DI consists of. What several tensors say of one channel is put
 together by the tap's `combine` object, their mean unless told otherwise.
 
-| tap | tensor | when |
+- `AfterActivation` (default): what the group's *readers* read, the input of the next convolution or linear layer, so
+  behind normalisation, activation, pooling, shortcut sum, concatenation or gate, however the model's forward spells
+  them. Best or equal in every measurement.
+- `AtLayer`: what its *producers* write, the output of the convolution or linear layer itself. As good, and needed
+  where nothing reads.
+- `AtNorm`: the output of its normalisation layers. For comparison: its scale hides the signal.
+
+What that means for every kind of group, each checked against brute force (remove the channel, measure DI again):
+
+| kind of group | tensors scored by default | why |
 |---|---|---|
-| `AfterActivation` (default) | what the group's *readers* read: the input of the next convolution or linear layer, so behind normalisation, activation, pooling, shortcut sum, concatenation or gate, however the model's forward spells them | best or equal in every measurement |
-| `AtLayer` | what the group's *producers* write: the output of the convolution or linear layer itself | as good, and needed where nothing reads |
-| `AtNorm` | the output of the group's normalisation layers | for comparison: its scale hides the signal |
+| chain: conv 1d to 3d, transposed, linear | input of the next layer | all that the network still knows of the channel |
+| residual sum | input of every layer that reads the stream | the stream after the sum; a branch alone says nothing of it |
+| concatenation, reordered or not | the reader's input, at the channels' own offsets | a channel is scored beside its neighbours |
+| split, chunk | the inputs of the pieces' readers | each piece speaks for its own roots |
+| flatten to linear | the linear layer's input, its positions summed per channel | squared norms add up exactly |
+| depthwise | the pointwise layer behind it | the depthwise layer adds no channel and removes none |
+| grouped conv | its input, or its reader's; channels of one unit are summed | blocks lose the same positions |
+| LayerNorm, GroupNorm | what is read behind it | its statistics run over the channels: the score is of what was normalised |
+| attention | input of the output projection | where the heads' dimensions become information; queries and keys are not read |
+| squeeze and excitation | pooled input of the gate, and the gated maps | both readers lose the channel |
+| module called twice | the mean of its calls | one set of channels, read at two depths |
+| several inputs or outputs | readers of any of them | nothing special |
+| output of the model | output of its last layer | nothing in the network reads it |
 
 Both adapters and `scoring` ask here and nowhere else.
 """

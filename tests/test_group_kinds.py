@@ -1,0 +1,347 @@
+"""Every kind of channel group, against brute force: remove a channel physically, measure DI of what is then read.
+
+The first-order score of a channel is the derivative of DI with respect to a mask on it. Under a huge ridge DI is
+linear in the Gram matrix, and there that derivative is exactly twice the loss of removing the channel. So with
+rho = 1e7, in float64, the score must be twice the loss that surgery gives, whichever way channels are spelled.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from diplugin_torch_pruning import DIImportance
+from torch import Tensor, nn
+
+from diplugin.discriminant import absolute_ridge, channel_scores, discriminant_information
+
+RHO = 1e7
+IMAGES = 24
+
+
+class Net(nn.Module):
+    """A network whose forward is a function of its layers."""
+
+    def __init__(self, run: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, *x: Any) -> Any:
+        return self.run(self, *x)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A network, the root whose channels are removed, and what reads them.
+
+    `readers` are (layer, dimension of its channels). `blocks`: so many channels go at once, evenly spaced.
+    `whole`: what is read besides the removed channels stays as it was, so that the pruned network itself can be
+    measured; else the removed columns are taken out of what the unpruned network reads.
+    """
+
+    net: Callable[[], nn.Module]
+    root: str
+    readers: Sequence[tuple[str, int]]
+    shapes: Sequence[tuple[int, ...]] = ((3, 6, 6),)
+    blocks: int = 1
+    whole: bool = True
+
+
+def conv(cin: int, cout: int, k: int = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(cin, cout, k, padding=k // 2, **options)
+
+
+def residual() -> nn.Module:
+    return Net(lambda m, x: m.out(F.relu(m.a(x) + m.b(x))), a=conv(3, 6), b=conv(3, 6, 1), out=conv(6, 2))
+
+
+def concat() -> nn.Module:
+    return Net(lambda m, x: m.out(F.relu(torch.cat([m.a(x), m.b(x)], 1))), a=conv(3, 6), b=conv(3, 5), out=conv(11, 2))
+
+
+def reordered(order: str = "bca") -> nn.Module:
+    """Three pieces, joined in one order for the sum with `tied` and in another for a second reader."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        pieces = {name: getattr(m, name)(x) for name in "abc"}
+        straight, other = (torch.cat([pieces[name] for name in names], 1) for names in ("abc", order))
+        return m.d(F.relu(m.tied(x) + straight)) + m.e(F.relu(other))
+
+    return Net(run, tied=conv(3, 9), a=conv(3, 3), b=conv(3, 3), c=conv(3, 3), d=conv(9, 2), e=conv(9, 2))
+
+
+def split() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        p, q = m.a(x).chunk(2, 1)
+        return m.q(q) + m.p(p)
+
+    return Net(run, a=conv(3, 8), p=conv(4, 2), q=conv(4, 2))
+
+
+def flatten() -> nn.Module:
+    return Net(lambda m, x: m.fc(F.max_pool2d(F.relu(m.a(x)), 2).flatten(1)), a=conv(3, 6), fc=nn.Linear(54, 2))
+
+
+def depthwise() -> nn.Module:
+    return Net(lambda m, x: m.out(F.relu6(m.dw(F.relu6(m.a(x))))), a=conv(3, 6), dw=conv(6, 6, groups=6),
+               out=conv(6, 2))  # fmt: skip
+
+
+def grouped_reader() -> nn.Module:
+    return Net(lambda m, x: m.out(F.relu(m.g(F.relu(m.a(x))))), a=conv(3, 8), g=conv(8, 6, groups=2), out=conv(6, 2))
+
+
+def transposed() -> nn.Module:
+    return Net(lambda m, x: m.out(F.relu(m.up(F.relu(m.a(x))))), a=conv(3, 6), up=nn.ConvTranspose2d(6, 5, 2, 2),
+               out=nn.ConvTranspose2d(5, 2, 3))  # fmt: skip
+
+
+def conv1d() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.Conv1d(6, 2, 3))
+
+
+def conv3d() -> nn.Module:
+    return nn.Sequential(nn.Conv3d(3, 6, 3), nn.ReLU(), nn.Conv3d(6, 2, 1))
+
+
+def linears() -> nn.Module:
+    return nn.Sequential(nn.Linear(9, 7), nn.GELU(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def tokens() -> nn.Module:
+    """Two readers of one LayerNorm: its statistics run over the channels that go."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.embed(x)
+        y = m.norm(x)
+        return m.up(y).relu().mean((1, 2), keepdim=True) + m.head(y)
+
+    return Net(run, embed=nn.Linear(5, 8), norm=nn.LayerNorm(8), up=nn.Linear(8, 3), head=nn.Linear(8, 2))
+
+
+def group_norm() -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), nn.ReLU(), conv(8, 2))
+
+
+def gate() -> nn.Module:
+    """Squeeze and excitation: the gate reads the pooled channels, the next layer the gated ones."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = F.relu(m.a(x))
+        return m.out(y * torch.sigmoid(m.excite(F.relu(m.squeeze(y.mean((2, 3), keepdim=True))))))
+
+    return Net(run, a=conv(3, 6), squeeze=conv(6, 3, 1), excite=conv(3, 6, 1), out=conv(6, 2))
+
+
+def attention(kv_heads: int = 2) -> nn.Module:
+    """Two query heads of width 4 over as many key and value heads, or over one that both share."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        def heads(layer: nn.Module, count: int) -> Tensor:
+            y = layer(x)
+            return y.view(x.shape[0], x.shape[1], count, -1).transpose(1, 2)
+
+        q, k, v = heads(m.q, 2), heads(m.k, kv_heads), heads(m.v, kv_heads)
+        if kv_heads == 1:
+            k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        y = torch.softmax(q @ k.transpose(-2, -1), -1) @ v
+        return m.proj(y.transpose(1, 2).flatten(2))
+
+    wide = 4 * kv_heads
+    return Net(run, q=nn.Linear(5, 8), k=nn.Linear(5, wide), v=nn.Linear(5, wide), proj=nn.Linear(8, 3))
+
+
+def shared_attention() -> nn.Module:
+    return attention(kv_heads=1)
+
+
+def twice() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = F.relu(m.shared(F.relu(m.stem(x))))
+        return m.out(F.relu(m.shared(x)))
+
+    return Net(run, stem=conv(3, 6), shared=conv(6, 6), out=conv(6, 2))
+
+
+def many() -> nn.Module:
+    """Two inputs, outputs in a dict."""
+
+    def run(m: Any, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+        y = F.relu(m.a(x) + m.b(z))
+        return {"maps": m.maps(y), "logits": m.logits(y.mean((2, 3)))}
+
+    return Net(run, a=conv(3, 6), b=conv(1, 6), maps=conv(6, 2), logits=nn.Linear(6, 4))
+
+
+KINDS = {
+    "conv1d": Kind(conv1d, "0", [("3", 1)], ((3, 9),)),
+    "conv3d": Kind(conv3d, "0", [("2", 1)], ((3, 4, 4, 4),)),
+    "linears": Kind(linears, "0", [("2", -1)], ((9,),)),
+    "residual": Kind(residual, "a", [("out", 1)]),
+    "concat": Kind(concat, "b", [("out", 1)]),
+    "reordered": Kind(reordered, "a", [("d", 1), ("e", 1)]),
+    "split": Kind(split, "a", [("p", 1), ("q", 1)], whole=False),
+    "flatten": Kind(flatten, "a", [("fc", -1)]),
+    "depthwise": Kind(depthwise, "a", [("out", 1)]),
+    "grouped, read": Kind(grouped_reader, "a", [("g", 1)], blocks=2),
+    "grouped, written": Kind(grouped_reader, "g", [("out", 1)], blocks=2),
+    "transposed, read": Kind(transposed, "a", [("up", 1)]),
+    "transposed, written": Kind(transposed, "up", [("out", 1)]),
+    "layer_norm": Kind(tokens, "embed", [("up", -1), ("head", -1)], ((3, 5),), whole=False),
+    "group_norm": Kind(group_norm, "0", [("3", 1)], blocks=2, whole=False),
+    "gate": Kind(gate, "a", [("squeeze", 1), ("out", 1)], whole=False),
+    "twice": Kind(twice, "stem", [("shared", 1), ("shared", 1), ("out", 1)], whole=False),
+    "several inputs and outputs": Kind(many, "b", [("maps", 1), ("logits", -1)], ((3, 6, 6), (1, 6, 6))),
+}
+
+
+def inputs_of(kind: Kind, count: int = IMAGES) -> tuple[Tensor, ...]:
+    draw = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(count, *shape, generator=draw, dtype=torch.float64) for shape in kind.shapes)
+
+
+def group_of(model: nn.Module, kind: Kind, indices: Sequence[int] | None = None) -> Any:
+    graph = tp.DependencyGraph().build_dependency(model, inputs_of(kind, 1))
+    layer = dict(model.named_modules())[kind.root]
+    pruner = graph.get_pruner_of_module(layer)
+    everything = range(graph.get_out_channels(layer))
+    return graph.get_pruning_group(layer, pruner.prune_out_channels, list(everything if indices is None else indices))
+
+
+def read(model: nn.Module, kind: Kind) -> list[Tensor]:
+    """What each reader reads, call by call in the order of `kind.readers`, channels moved to dimension 1."""
+    seen: dict[str, list[Tensor]] = {}
+    names = {name for name, _ in kind.readers}
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+        for name, layer in model.named_modules() if name in names
+    ]  # fmt: skip
+    with torch.no_grad():
+        model(*inputs_of(kind))
+    for handle in handles:
+        handle.remove()
+    return [seen[name].pop(0).movedim(dim, 1) for name, dim in kind.readers]
+
+
+def columns_left(before: nn.Module, after: nn.Module, name: str) -> list[int]:
+    """Which inputs of a reader surgery has kept, by its weights, random and so all different."""
+
+    def columns(model: nn.Module) -> Tensor:
+        layer: Any = dict(model.named_modules())[name]
+        weight = layer.weight.detach()
+        if getattr(layer, "groups", 1) > 1:  # [out, in/groups]: a block's columns stand under its own filters
+            weight = torch.cat(weight.chunk(layer.groups), 1)
+        return weight.flatten(1) if getattr(layer, "transposed", False) else weight.transpose(0, 1).flatten(1)
+
+    old, new = columns(before), columns(after)
+    return [i for i, row in enumerate(old) if any(set(kept.tolist()) <= set(row.tolist()) for kept in new)]
+
+
+def losses_by_surgery(kind: Kind, model: nn.Module, labels: Tensor) -> Tensor:
+    """DI lost when each unit leaves, mean over readers: [channels / blocks]."""
+    maps = read(model, kind)
+    ridges = [absolute_ridge(m, RHO) for m in maps]
+    full = [discriminant_information(m, labels, ridge=r) for m, r in zip(maps, ridges, strict=True)]
+    units = len(group_of(model, kind)[0].idxs) // kind.blocks
+    losses = []
+    for unit in range(units):
+        pruned = copy.deepcopy(model)
+        group_of(pruned, kind, [unit + b * units for b in range(kind.blocks)]).prune()
+        if kind.whole:
+            left = read(pruned, kind)
+        else:
+            left = [m[:, columns_left(model, pruned, n)] for m, (n, _) in zip(maps, kind.readers, strict=True)]
+        gone = [d - discriminant_information(m, labels, ridge=r) if m.shape != o.shape else torch.nan * d
+                for d, m, r, o in zip(full, left, ridges, maps, strict=True)]  # fmt: skip
+        losses.append(torch.stack(gone).nanmean())
+    return torch.stack(losses)
+
+
+def fitted(kind: Kind, **options: Any) -> tuple[nn.Module, DIImportance, Tensor]:
+    torch.manual_seed(3)
+    model = kind.net().double().eval()
+    labels = torch.arange(IMAGES) % 3
+    return model, DIImportance(rho=RHO, **options).fit(model, [(inputs_of(kind), labels)]), labels
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_scores_are_what_surgery_costs(name: str) -> None:
+    kind = KINDS[name]
+    model, importance, labels = fitted(kind)
+    scores = importance(group_of(model, kind))
+    assert scores is not None
+    by_unit = scores.double().view(kind.blocks, -1).sum(0)
+    if name == "twice":  # two calls of one layer are one reader, whose score is the mean of its calls
+        maps = read(model, kind)
+        own = [channel_scores(m, labels, rho=RHO) for m in maps]
+        torch.testing.assert_close(by_unit, ((own[0] + own[1]) / 2 + own[2]) / 2, rtol=1e-5, atol=0)
+        return
+    torch.testing.assert_close(by_unit, 2 * losses_by_surgery(kind, model, labels), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", [n for n, k in KINDS.items() if k.blocks == 1])
+def test_the_cheapest_channels_go(name: str) -> None:
+    """Through a pruner: the root keeps the channels of the highest scores."""
+    kind = KINDS[name]
+    model, importance, _ = fitted(kind)
+    group = group_of(model, kind)
+    scores, graph = importance(group), group._DG
+    tied = {i.dep.target.module for i in group.items if graph.is_out_channel_pruning_fn(i.dep.handler)}
+    rest = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) and m not in tied]
+    root: Any = dict(model.named_modules())[kind.root]
+    bias = root.bias.detach().clone()
+    prune(model, kind, importance, ignored_layers=rest)
+    kept = scores.argsort()[len(scores) - int(len(scores) * 0.5) :].sort().values
+    torch.testing.assert_close(root.bias.detach(), bias[kept])
+
+
+def prune(model: nn.Module, kind: Kind, importance: DIImportance, **options: Any) -> None:
+    """Half of the channels, one step; dicts are fresh, since torch-pruning's defaults are shared between pruners."""
+    fresh: dict[str, Any] = {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}, "channel_groups": {}}
+    arguments = {"pruning_ratio": 0.5, **fresh, **options}
+    tp.pruner.BasePruner(model, inputs_of(kind, 1), importance, **arguments).step()
+
+
+def test_attention_heads_lose_the_same_dimensions() -> None:
+    kind = Kind(attention, "q", [("proj", -1)], ((6, 5),))
+    model, importance, labels = fitted(kind)
+    weight = model.v.weight.detach().clone()
+    want = channel_scores(read(model, kind)[0], labels, rho=RHO)
+    kept = want.view(2, 4).sum(0).argsort()[2:].sort().values
+    prune(model, kind, importance, num_heads={model.q: 2, model.k: 2, model.v: 2}, ignored_layers=[model.proj])
+    assert model.q.out_features == model.k.out_features == model.v.out_features == model.proj.in_features == 4
+    torch.testing.assert_close(model.v.weight.detach(), weight[torch.cat([kept, kept + 4])])
+
+
+def test_grouped_query_attention_is_scored_where_its_heads_are_read() -> None:
+    kind = Kind(shared_attention, "q", [("proj", -1)], ((6, 5),))
+    model, importance, labels = fitted(kind)
+    graph = tp.DependencyGraph().build_dependency(model, inputs_of(kind, 1))
+    group = graph.get_pruning_group(model.proj, tp.prune_linear_in_channels, list(range(8)))
+    want = channel_scores(read(model, kind)[0], labels, rho=RHO)
+    torch.testing.assert_close(importance(group).double(), want, rtol=1e-5, atol=0)
+
+
+def test_a_reordered_concat_on_which_taylor_misranks() -> None:
+    """The same function, spelled with its concatenation in another order, must give the same ranking."""
+    kind = Kind(reordered, "tied", [("d", 1), ("e", 1)])
+    model, importance, labels = fitted(kind)
+    straight = reordered("abc").double().eval()
+    straight.load_state_dict(model.state_dict())
+    straight.e.weight.data = straight.e.weight.data[:, [6, 7, 8, 0, 1, 2, 3, 4, 5]]
+    x = inputs_of(kind)
+    torch.testing.assert_close(straight(*x), model(*x))
+    ours = DIImportance(rho=RHO).fit(straight, [(x, labels)])
+    torch.testing.assert_close(importance(group_of(model, kind)), ours(group_of(straight, kind)))
+    for net in (model, straight):
+        net(*x)[:, 0].pow(2).mean().backward()
+    taylor = [tp.importance.TaylorImportance()(group_of(net, kind)) for net in (model, straight)]
+    assert not torch.equal(taylor[0].argsort(), taylor[1].argsort())
