@@ -17,14 +17,14 @@ What that means for every kind of group, each checked against brute force (remov
 | kind of group | tensors scored by default | why |
 |---|---|---|
 | chain: conv 1d to 3d, transposed, linear | input of the next layer | all that the network still knows of the channel |
-| residual sum | input of every layer that reads the stream | the stream after the sum; a branch alone says nothing of it |
-| concatenation, reordered or not | the reader's input, at the channels' own offsets | a channel is scored beside its neighbours |
+| residual sum | input of every layer that reads the stream | the stream after the sum, not one branch |
+| concatenation, reordered or not | the reader's input, at the channels' own offsets | scored beside its neighbours |
 | split, chunk | the inputs of the pieces' readers | each piece speaks for its own roots |
 | flatten to linear | the linear layer's input, its positions summed per channel | squared norms add up exactly |
 | depthwise | the pointwise layer behind it | the depthwise layer adds no channel and removes none |
 | grouped conv | its input, or its reader's; channels of one unit are summed | blocks lose the same positions |
-| LayerNorm, GroupNorm | what is read behind it | its statistics run over the channels: the score is of what was normalised |
-| attention | input of the output projection | where the heads' dimensions become information; queries and keys are not read |
+| LayerNorm, GroupNorm | what is read behind it | its statistics run over the channels |
+| attention | input of the output projection | there heads become information |
 | squeeze and excitation | pooled input of the gate, and the gated maps | both readers lose the channel |
 | module called twice | the mean of its calls | one set of channels, read at two depths |
 | several inputs or outputs | readers of any of them | nothing special |
