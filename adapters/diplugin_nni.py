@@ -174,14 +174,15 @@ class DIPruner(Pruner):
         self._fusion_compress(max_steps or self.training_steps, max_epochs)
 
     def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
-        training = self.bound_model.training
+        modes = {module: module.training for module in self.bound_model.modules()}
         try:
             super()._fusion_compress(max_steps, max_epochs)
         except BaseException:
             # NNI leaves the evaluator patched and the model bound when training raises.
             if self.evaluator is not None and getattr(self.evaluator, "model", None) is not None:
                 self.evaluator.unbind_model()
-            self.bound_model.train(training)
+            for module, training in modes.items():
+                module.training = training
             raise
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
@@ -193,6 +194,11 @@ class DIPruner(Pruner):
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
         self._sampled = []
+        if self.total_times != "unlimited" and self._remaining_times == self.total_times:
+            raise UserError(
+                f"expected training of at least {self.interval_steps} optimizer steps before masks are made, "
+                f"it took {self._current_step}: does training_func call training_step and loop until max_steps?"
+            )
 
     def _sample(self, loss: Tensor, batch: Any) -> Tensor:
         """Keep the batches of the last `training_steps` steps of an interval, up to the cap."""
@@ -233,7 +239,7 @@ class DIPruner(Pruner):
         sides = {(module, target): side_of(module, target, space) for module, target, space in active}
         batches = self._calibration if self._calibration is not None else self._sampled
         if not batches:
-            raise DataError("expected batches to score, training took no step: does training_func call training_step?")
+            raise DataError("expected batches to score, training_func called no training_step")
         wanted = list(dict.fromkeys(sides.values()))
         scores = score_layers(self.bound_model, batches, wanted, self._groups, self.tap, self.observation)
         data: Tensors = {}

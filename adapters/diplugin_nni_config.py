@@ -53,9 +53,7 @@ def checked_config(model: nn.Module, config_list: Any) -> list[dict[str, Any]]:
             _check_ratios(setting, where)
         with nni_errors(f"{where} by NNI's schema"):
             default_config_schema("pruning").validate(entry)
-        if not select_modules_by_config(model, entry)[0]:
-            asked = {k: v for k, v in entry.items() if k.startswith(("op_", "exclude_"))}
-            raise UserError(f"expected {where} to select a layer of the model, {asked} selects none: check the names")
+        _check_selection(model, entry, where)
     return entries
 
 
@@ -68,6 +66,16 @@ def _check_keys(entry: dict[str, Any], where: str) -> None:
     settings = entry.get("target_settings", {})
     if not isinstance(settings, dict) or not all(isinstance(s, dict) for s in settings.values()):
         raise UserError(f"expected target_settings in {where} as a dict of dicts, got {settings!r}")
+
+
+def _check_selection(model: nn.Module, entry: dict[str, Any], where: str) -> None:
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    unknown = [name for name in entry.get("op_names", ()) if name not in known]
+    if unknown:
+        raise UserError(f"expected op_names of the model in {where}, it has no {unknown[0]!r}")
+    if not select_modules_by_config(model, entry)[0]:
+        asked = {k: v for k, v in entry.items() if k.startswith(("op_", "exclude_"))}
+        raise UserError(f"expected {where} to select a layer of the model, {asked} selects none")
 
 
 def _check_ratios(setting: dict[str, Any], where: str) -> None:

@@ -42,12 +42,33 @@ def targets_with(spaces: Targets, *settings: str) -> Iterator[tuple[str, str, Pr
                 yield module, target, space
 
 
+def _kernel(space: PruningTargetSpace) -> list[int]:
+    """The scaler's block, one number a dimension, -1 for all of it; elements where there is no scaler."""
+    shape, scaler = space.shape or [], space._scaler
+    if scaler is None:
+        return [1] * len(shape)
+    if len(scaler.kernel_size) > len(shape):
+        raise UserError(f"expected a granularity of at most {len(shape)} numbers for {_name(space)}, "
+                        f"got {scaler.kernel_size}")  # fmt: skip
+    fill = [scaler.kernel_padding_val] * (len(shape) - len(scaler.kernel_size))
+    kernel = [*fill, *scaler.kernel_size] if scaler.kernel_padding_mode == "front" else [*scaler.kernel_size, *fill]
+    if any(step != -1 and (step < 1 or size % step) for step, size in zip(kernel, shape, strict=True)):
+        raise UserError(f"expected a granularity whose blocks divide {_name(space)} of shape {shape}, got {kernel} "
+                        f"(NNI fills a short list up in front)")  # fmt: skip
+    return kernel
+
+
+def _name(space: PruningTargetSpace) -> str:
+    wrapper: Any = space._wrapper
+    return f"{wrapper.name}.{space._target_name}"
+
+
 def _channel_axis(space: PruningTargetSpace, target: str) -> int:
     """The dimension of a target along which its blocks divide channels."""
-    if not target.startswith(("_input_", "_output_")):
-        kernel = list(getattr(space._scaler, "kernel_size", [1]))
-        return 1 if len(space.shape or ()) > 1 and kernel[0] == -1 and len(kernel) > 1 and kernel[1] != -1 else 0
-    return 1
+    if target.startswith(("_input_", "_output_")):
+        return 1
+    kernel = _kernel(space)
+    return int(len(kernel) > 1 and kernel[0] == -1 and kernel[1] != -1)
 
 
 def side_of(module: str, target: str, space: PruningTargetSpace) -> LayerSide:
@@ -65,7 +86,7 @@ def metric_of(scores: Tensor, space: PruningTargetSpace, target: str) -> Tensor:
     """
     shape, axis = list(space.shape or ()), _channel_axis(space, target)
     if not shape:
-        raise DataError(f"expected {space._wrapper.name}.{target} to be seen while the data ran, it was not")
+        raise DataError(f"expected {_name(space)} to be seen while the data ran, it was not")
     if len(scores) != shape[axis]:
         # A grouped convolution's column stands for one input channel in each of its blocks.
         scores = scores.view(-1, shape[axis]).sum(0)
