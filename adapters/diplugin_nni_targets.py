@@ -103,7 +103,7 @@ def metric_of(scores: Tensor, space: PruningTargetSpace, target: str) -> Tensor:
         return spread
     metric = space._scaler.shrink(spread, lambda block: block.sum(-1), keepdim=True)
     # Whole channels keep their scores to the last bit, so that equal ones stay equal.
-    return along.expand(metric.shape).clone() if metric.numel() == len(scores) else metric
+    return along.clone() if metric.shape == along.shape else metric
 
 
 def _rule(space: PruningTargetSpace) -> MaskRule:
