@@ -5,6 +5,8 @@ Channels are removed through torch-pruning's dependency graph, which is built on
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .errors import PlanError
-from .groups import first_line, remove_channels
+from .groups import ChannelGroup, first_line, remove_channels, trace_groups
 from .plan import PruningPlan
 
 PLAN_FILE = "plan.json"
@@ -31,7 +33,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: tuple[Any, .
         example_inputs: what to trace it with; None for random ones of the plan's specification.
 
     Raises:
-        PlanError: the plan is for another network.
+        PlanError: the plan is for another network, or removes what must stay; nothing has been removed then.
     """
     modules = dict(model.named_modules())
     for name, channels in plan.channels.items():
@@ -39,10 +41,32 @@ def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: tuple[Any, .
         if width != channels:
             found = "no such layer" if width is None else f"{width}"
             raise PlanError(f"expected the network of the plan, with {channels} channels at {name!r}; found {found}")
-    inputs = example_inputs or tuple(spec.example().to(_device(model)) for spec in plan.inputs)
+    inputs = example_inputs or _examples(model, plan)
+    removed = {name: channels for name, channels in plan.removed.items() if channels}
+    groups = {group.name: group for group in trace_groups(model, inputs)} if removed else {}
+    for name, channels in removed.items():
+        _check_removal(groups.get(name), name, channels)
+    return remove_channels(model, inputs, removed)
+
+
+def _examples(model: nn.Module, plan: PruningPlan) -> tuple[torch.Tensor, ...]:
+    try:
+        inputs = tuple(spec.example().to(_device(model)) for spec in plan.inputs)
+    except (RuntimeError, MemoryError) as error:
+        raise PlanError(f"expected inputs that can be made in the plan, got {first_line(error)}") from error
     if not inputs:
         raise PlanError("expected example inputs to trace the model with, the plan carries none")
-    return remove_channels(model, inputs, plan.removed)
+    return inputs
+
+
+def _check_removal(group: ChannelGroup | None, name: str, channels: Sequence[int]) -> None:
+    """A file can say anything: what it removes must be whole units of a group that may be pruned."""
+    if group is None or group.note:
+        why = group.note if group is not None else "it is no group of its own"
+        raise PlanError(f"expected a plan that leaves {name!r} alone ({why}), got one that prunes it")
+    units = Counter(channel % group.units for channel in channels)
+    if any(count != group.blocks for count in units.values()):
+        raise PlanError(f"expected {name!r} to lose the same channels in each of its {group.blocks} blocks, not others")
 
 
 def _out_channels(module: nn.Module | None) -> int | None:

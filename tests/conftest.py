@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from torch import Tensor, nn
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("diplugin", deadline=None)
+settings.load_profile("diplugin")
 
 
 class Residual(nn.Module):

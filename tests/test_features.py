@@ -175,7 +175,7 @@ def test_the_same_scores_whatever_the_batch_size(make_net: MakeNet, make_images:
         assert got[point].di == expected[point].di
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(batch=st.integers(1, 120), count=st.integers(20, 120))
 def test_the_same_scores_whatever_the_batch_size_drawn(batch: int, count: int) -> None:
     torch.manual_seed(count)

@@ -130,7 +130,7 @@ def assert_nothing_more_fits(
             assert any(cost.cost(wider) > limit for cost, limit in limits), f"{g.name} could be wider"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem=problems(), fraction=st.floats(0.05, 1.0))
 def test_one_budget_against_brute_force(problem: tuple[NetworkTrace, dict[str, Tensor]], fraction: float) -> None:
     trace, scores = problem
@@ -152,7 +152,7 @@ def test_one_budget_against_brute_force(problem: tuple[NetworkTrace, dict[str, T
     assert optimum - 1e-9 <= got <= 2 * optimum + 2 * worst_unit
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problem=problems(), fractions=st.tuples(st.floats(0.2, 1.0), st.floats(0.2, 1.0)), step=st.integers(2, 4))
 def test_several_budgets_hold_at_once(
     problem: tuple[NetworkTrace, dict[str, Tensor]], fractions: tuple[float, float], step: int
@@ -170,7 +170,7 @@ def test_several_budgets_hold_at_once(
     assert_nothing_more_fits(plan, trace, limits)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem=problems(), fraction=st.floats(0.2, 1.0), step=st.integers(2, 5), bump=st.floats(0.0, 3.0))
 def test_staircases_and_bumps_are_crossed(
     problem: tuple[NetworkTrace, dict[str, Tensor]], fraction: float, step: int, bump: float
@@ -191,7 +191,7 @@ def test_staircases_and_bumps_are_crossed(
             assert cost.cost({**plan.widths, g.name: wider}) > limit, f"{g.name} could be {wider} wide"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problem=problems(), fraction=st.floats(0.1, 1.0))
 def test_a_maximum_with_ties_is_brought_down(problem: tuple[NetworkTrace, dict[str, Tensor]], fraction: float) -> None:
     """Two layers of equal memory: narrowing one group alone frees nothing, yet the budget can be met."""
