@@ -30,7 +30,7 @@ JOURNAL_FORMAT = "diplugin-journal"
 PLAN_FORMAT = "diplugin-profile-plan"
 SCHEMA = 1
 DRIFT, MAX_CV = 0.05, 0.05
-PAUSES, PAUSE_S = 3, 5.0
+PAUSES, WAIT_S = 3, 1.0
 ROW_FIELDS = ("attempts", "cpu_ms", "cv", "id", "n", "peak_mb", "ratio", "rounds", "runs", "sentinel_ms", "unstable",
               "wall_ms")
 
@@ -126,18 +126,20 @@ class Journal:
     def __init__(self, path, plan, wait=None):
         self.path, self.plan = str(path), plan
         self.lock = locked(self.path, wait)
-        self.known = {job["id"] for job in plan["jobs"]}
-        self.rows = {}
-        self.sessions = []
-        if os.path.exists(self.path):
-            self._repair()
-            header, rows = read_journal(self.path)
-            if header is not None and header["plan_sha256"] != plan["sha256"]:
-                raise ProfileError(f"journal {self.path!r} belongs to another plan: name another one with --journal")
-            self.rows = rows
-            self.fresh = header is None
-        else:
-            self.fresh = True
+        self.rows, self.fresh = {}, True
+        try:
+            if os.path.exists(self.path):
+                self._take_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_up(self):
+        self._repair()
+        header, self.rows = read_journal(self.path)
+        if header is not None and header["plan_sha256"] != self.plan["sha256"]:
+            raise ProfileError(f"journal {self.path!r} belongs to another plan: name another one with --journal")
+        self.fresh = header is None
 
     def _repair(self):
         """Cut a last line that a kill left unfinished."""
@@ -194,10 +196,11 @@ def locked(path, wait):
             return lock
         except OSError:
             if wait is None:
+                lock.close()
                 raise ProfileError(f"another process is writing the journal {path!r}: wait for it, or use "
                                    "--wait") from None
             wait()
-            time.sleep(1.0)
+            time.sleep(WAIT_S)
 
 
 def read_journal(path):
@@ -407,8 +410,10 @@ def trtexec_version(text):
     """The version in trtexec's banner, as "8.6.1"; "" if there is none."""
     for word in text.replace("]", " ").split():
         if word.startswith("v") and word[1:].isdigit() and len(word) >= 5:
-            digits = word[1:]
-            return ".".join(str(int(part)) for part in (digits[:-3] or "0", digits[-3], digits[-2:]))
+            number = int(word[1:])
+            # 8502 is 8.5.2; since version 10 the middle number has two digits: 100300 is 10.3.0.
+            major, minor = divmod(number // 100, 10 if number < 100000 else 100)
+            return f"{major}.{minor}.{number % 100}"
     return ""
 
 
@@ -491,8 +496,8 @@ class Timer:
 class Profiler:
     """Times the jobs of a plan that its journal does not hold yet."""
 
-    def __init__(self, bundle, journal, runtime, progress=None, pause_s=PAUSE_S):
-        self.bundle, self.journal, self.runtime, self.pause_s = bundle, journal, runtime, pause_s
+    def __init__(self, bundle, journal, runtime, progress=None):
+        self.bundle, self.journal, self.runtime = bundle, journal, runtime
         self.plan = bundle.plan
         self.setting, self.protocol = self.plan["setting"], self.plan["protocol"]
         self.thread_clock = self.setting["threads"] == 1 and self.setting["provider"] == "CPUExecutionProvider"
@@ -521,7 +526,7 @@ class Profiler:
             self.reference = min(self.reference, sentinel_ms)
             if attempt == PAUSES or (sentinel_ms <= (1 + DRIFT) * self.reference and not limited):
                 break
-            time.sleep(self.pause_s)
+            time.sleep(self.protocol["pause_s"])
         return [t.row(sentinel_ms, limited) for t in timers]
 
     def time_rounds(self, timers):
@@ -554,7 +559,7 @@ def chunks(jobs, size):
         yield chunk
 
 
-def profile(bundle, journal_path, progress=None, pause_s=PAUSE_S, runtime=None, wait=None):
+def profile(bundle, journal_path, progress=None, runtime=None, wait=None):
     """Time every job of a bundle that the journal does not hold yet; returns the journal.
 
     `wait` is called while another process holds the journal; without it that is an error.
@@ -566,7 +571,7 @@ def profile(bundle, journal_path, progress=None, pause_s=PAUSE_S, runtime=None, 
         runtime = RUNTIMES[setting["runtime"]](setting)
     journal = Journal(journal_path, bundle.plan, wait)
     try:
-        Profiler(bundle, journal, runtime, progress, pause_s).run()
+        Profiler(bundle, journal, runtime, progress).run()
     finally:
         journal.close()
     return journal

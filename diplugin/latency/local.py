@@ -34,8 +34,7 @@ from .plan import (
 
 Progress = Callable[[int, int], None]
 POINTS = (8, 6, 4, 3)
-WHOLE_NET = Protocol(rounds=30, round_ms=60.0, gap_ms=20.0)
-_PAUSE_S = 0.3
+WHOLE_NET = Protocol(rounds=30, round_ms=60.0, gap_ms=20.0, pause_s=0.5)
 
 
 def profile_here(
@@ -86,7 +85,7 @@ def run_bundle(bundle: Any, journal: Path, progress: Progress | None = None, run
         TableError: the journal is damaged or of another plan, or the runtime is missing.
     """
     try:
-        return device.profile(bundle, str(journal), progress, _PAUSE_S, runtime)
+        return device.profile(bundle, str(journal), progress, runtime)
     except device.ProfileError as error:
         raise TableError(str(error)) from None
 
@@ -188,7 +187,7 @@ def measure_apart(path: str | Path, *, threads: int = 1) -> OnnxTiming:
         ModelError: ONNX Runtime cannot load the file.
         TableError: the process failed.
     """
-    plan = onnx_plan(path, threads=threads)
+    plan = onnx_plan(path, threads=threads, protocol=WHOLE_NET)
     with tempfile.TemporaryDirectory() as folder:
         bundle, journal = plan.save(Path(folder) / "net.pyz"), Path(folder) / "net.jsonl"
         command = [sys.executable, str(bundle), "--journal", str(journal), "--quiet"]

@@ -36,7 +36,8 @@ class Protocol:
 
     Of each round the fastest run counts, of the rounds the lower quartile. `chunk` jobs are interleaved with each
     other; a slow graph runs at least `min_runs` times a round; a restless job gets up to `patience` times the rounds.
-    `gap_ms` between rounds spreads them over time.
+    `gap_ms` between rounds spreads them over time;
+    after a pause of `pause_s` a chunk is timed again if the device was slower than before, at most three times.
     """
 
     rounds: int = 10
@@ -47,12 +48,13 @@ class Protocol:
     chunk: int = 16
     patience: int = 3
     gap_ms: float = 2.0
+    pause_s: float = 2.0
 
 
 THOROUGH = Protocol()
 BY_EIGHT = Alignment(8, 8)
 SENTINEL = OpKey("conv", 64, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, (16, 16), "relu")
-QUICK = Protocol(rounds=7, runs=12, round_ms=8.0, warmup_ms=4.0, patience=2)
+QUICK = Protocol(rounds=7, runs=12, round_ms=8.0, warmup_ms=4.0, patience=2, pause_s=0.3)
 
 
 @dataclass(frozen=True)

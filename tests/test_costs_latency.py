@@ -1,0 +1,155 @@
+"""Latency as a cost: sums of entries over layers, at the widths that physical pruning gives."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from diplugin.costs import CostModel
+from diplugin.costs.latency import LatencyCost, op_key, table_covers, timed_layers
+from diplugin.errors import RoundedLatencyWarning, TableError, UncalibratedLatencyWarning
+from diplugin.latency.plan import group_grids, layer_keys, prune_to, random_widths
+from diplugin.network import NetworkTrace, trace_network
+from diplugin.tables import Alignment, Calibration, Entry, LatencyTable, OpKey, Setting
+
+SETTING = Setting("onnxruntime", "1.32.0", "CPUExecutionProvider", "all", 1)
+ALIGNMENT = Alignment(4, 8)
+
+
+class Residual(nn.Module):
+    """A stem, a residual block with an expanded depthwise middle, a strided layer and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.up = nn.Sequential(nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6())
+        self.middle = nn.Sequential(
+            nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False), nn.BatchNorm2d(32), nn.ReLU6()
+        )
+        self.down = nn.Conv2d(32, 16, 1)
+        self.last = nn.Sequential(nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.ReLU())
+        self.head = nn.Linear(24 * 16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x + self.down(self.middle(self.up(x)))
+        return self.head(self.last(x).flatten(1))
+
+
+EXPANDED = "middle.0"
+INPUTS = (torch.zeros(1, 3, 8, 8),)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Residual().eval()
+
+
+@pytest.fixture(scope="module")
+def trace(model: nn.Module) -> NetworkTrace:
+    return trace_network(model, INPUTS)
+
+
+def made_up_ms(key: OpKey) -> float:
+    return key.macs * 1e-6 + 0.01 * len(key.activation) + 0.001
+
+
+def full_table(trace: NetworkTrace, calibration: Calibration | None = None) -> LatencyTable:
+    grid = group_grids(trace, ALIGNMENT)
+    keys = {key for layer in timed_layers(trace) for key in layer_keys(layer, grid, trace.base_widths)}
+    rows = tuple(Entry(key, made_up_ms(key), 1.0, 1.0, 0.0) for key in sorted(keys))
+    return LatencyTable("made-up", "device", SETTING, rows, (), ALIGNMENT, 0.02, calibration)
+
+
+def quiet_cost(trace: NetworkTrace, table: LatencyTable) -> LatencyCost:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UncalibratedLatencyWarning)
+        return LatencyCost(trace, table)
+
+
+def test_predicted_keys_are_those_of_the_physically_pruned_net(model: nn.Module, trace: NetworkTrace) -> None:
+    grid, draw = group_grids(trace, ALIGNMENT), random.Random(0)
+    for _ in range(5):
+        widths = random_widths(grid, draw)
+        pruned = trace_network(prune_to(model, INPUTS, trace, widths), INPUTS, verify=False)
+        actual = [op_key(x, x.in_channels, x.out_channels) for x in pruned.layers if x.op != "norm"]
+        assert [layer.key(widths) for layer in timed_layers(trace)] == actual
+
+
+def test_the_cost_is_the_calibrated_sum_of_entries(trace: NetworkTrace) -> None:
+    calibration = Calibration(1.5, 0.25, 12, 0.01, 0.02, 1.0)
+    cost = LatencyCost(trace, full_table(trace, calibration))
+    widths: Mapping[str, int] = {**trace.base_widths, EXPANDED: 16}
+    expected = sum(made_up_ms(layer.key(widths)) for layer in timed_layers(trace))
+    assert cost.cost(widths) == pytest.approx(1.5 * expected + 0.25)
+    assert cost.sum_ms(widths) == pytest.approx(expected)
+    assert cost.base == pytest.approx(cost.cost(trace.base_widths)) and cost.calibrated
+    assert cost.change(trace.base_widths, EXPANDED, 16) == pytest.approx(cost.cost(widths) - cost.base)
+    assert isinstance(cost, CostModel) and (cost.name, cost.unit) == ("latency_ms", "ms")
+
+
+def test_an_uncalibrated_table_is_said_to_be(trace: NetworkTrace) -> None:
+    with pytest.warns(UncalibratedLatencyWarning, match="uncalibrated"):
+        cost = LatencyCost(trace, full_table(trace))
+    assert "uncalibrated" in cost.text and not cost.calibrated
+    expected = sum(made_up_ms(layer.key(trace.base_widths)) for layer in timed_layers(trace))
+    assert cost.base == pytest.approx(expected + 0.02)
+
+
+def test_activations_and_depthwise_are_part_of_the_keys(trace: NetworkTrace) -> None:
+    keys = [layer.key(trace.base_widths) for layer in timed_layers(trace)]
+    assert [key.activation for key in keys] == ["relu", "relu6", "relu6", "", "relu", ""]
+    assert [key.depthwise for key in keys] == [False, False, True, False, False, False]
+    assert keys[-1] == OpKey("linear", 24 * 16, 10)
+
+
+def test_every_allowed_width_is_on_the_grid_and_costs_less_than_all_wider_ones(trace: NetworkTrace) -> None:
+    cost = quiet_cost(trace, full_table(trace))
+    grid = group_grids(trace, ALIGNMENT)
+    for group in trace.prunable:
+        allowed = cost.allowed_widths(group.name)
+        assert allowed is not None and set(allowed) <= set(grid[group.name]) and allowed[-1] == group.channels
+        costs = [cost.cost({**trace.base_widths, group.name: w}) for w in allowed]
+        assert costs == sorted(costs) and len(set(costs)) == len(costs)
+
+
+def test_widths_off_the_lower_envelope_are_left_out(trace: NetworkTrace) -> None:
+    table = full_table(trace)
+    slow = tuple(e._replace(latency_ms=e.latency_ms + (9.0 if e.key.cout == 16 and e.key.cin == 16 else 0.0))
+                 if e.key.op == "conv" and e.key.depthwise else e for e in table.entries)  # fmt: skip
+    allowed = quiet_cost(trace, replace(table, entries=slow)).allowed_widths(EXPANDED)
+    assert allowed is not None and 16 not in allowed and 24 in allowed and 8 in allowed
+
+
+def test_a_table_without_the_unpruned_net_is_refused(trace: NetworkTrace) -> None:
+    table = full_table(trace)
+    lacking = replace(table, entries=tuple(e for e in table.entries if e.key.op != "linear"))
+    assert table_covers(trace, table) and not table_covers(trace, lacking)
+    with pytest.raises(TableError, match="linear 384>10"):
+        LatencyCost(trace, lacking)
+
+
+def test_an_emulated_table_guides_no_cost(trace: NetworkTrace) -> None:
+    with pytest.raises(TableError, match="emulator"):
+        LatencyCost(trace, replace(full_table(trace), emulated=True))
+
+
+def test_rounding_up_is_said_once(trace: NetworkTrace) -> None:
+    cost = quiet_cost(trace, full_table(trace))
+    with pytest.warns(RoundedLatencyWarning) as caught:
+        cost.cost({**trace.base_widths, EXPANDED: 20})
+        cost.cost({**trace.base_widths, EXPANDED: 12})
+    assert len(caught) == 1
+
+
+def test_a_width_that_nothing_answers_for_is_an_error(trace: NetworkTrace) -> None:
+    cost = quiet_cost(trace, full_table(trace))
+    with pytest.raises(TableError, match="profile plan"):
+        cost.cost({**trace.base_widths, EXPANDED: 19})

@@ -1,0 +1,202 @@
+"""Profile plans: exactly what a search can ask for, once, in one file that runs by itself."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from diplugin.costs.latency import LatencyCost, timed_layers
+from diplugin.errors import TableError
+from diplugin.latency import finish, load_bundle
+from diplugin.latency.plan import (
+    ProfilePlan,
+    Protocol,
+    estimate_seconds,
+    group_grids,
+    make_plan,
+    prune_to,
+    random_widths,
+    runtime_setting,
+    width_grid,
+)  # fmt: skip
+from diplugin.network import NetworkTrace, trace_network
+from diplugin.tables import Alignment, Calibration, OpKey
+
+QUICK = Protocol(rounds=2, runs=2, min_runs=1, round_ms=0.2, warmup_ms=0.0, patience=1, gap_ms=0.0, pause_s=0.0)
+INPUTS = (torch.zeros(1, 3, 8, 8),)
+
+
+class Concat(nn.Module):
+    """Two branches whose channels a third layer reads side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(3, 8, 1)
+        self.join = nn.Sequential(nn.Conv2d(24, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.join(torch.cat([self.one(x), self.two(x)], 1)).mean((2, 3)))
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    twin = [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*body, *twin, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
+
+
+def plan_of(model: nn.Module, trace: NetworkTrace, nets: int = 0) -> ProfilePlan:
+    return make_plan(model, INPUTS, trace, name="p", setting=runtime_setting(), alignment=Alignment(4, 8), nets=nets,
+                     protocol=QUICK, probes=False)  # fmt: skip
+
+
+def keys(plan: ProfilePlan) -> set[OpKey]:
+    return {OpKey.from_row(job.detail["key"]) for job in plan.jobs if job.kind == "entry"}
+
+
+@given(
+    channels=st.integers(1, 512),
+    step=st.sampled_from([1, 2, 4, 8, 16]),
+    ratio=st.sampled_from([1, 2, 4]),
+    points=st.integers(2, 12),
+)
+def test_grids_are_aligned_bounded_and_hold_the_unpruned_width(
+    channels: int, step: int, ratio: int, points: int
+) -> None:
+    grid = width_grid(channels, Alignment(step, step * ratio), points)
+    assert grid == tuple(sorted(set(grid))) and grid[-1] == channels and grid[0] >= 1
+    assert all(w % step == 0 for w in grid[:-1])
+    assert len(grid) <= points + 1
+
+
+def test_grids_respect_the_blocks_of_grouped_convolutions() -> None:
+    assert all(w % 6 == 0 for w in width_grid(48, Alignment(4, 4), 12, blocks=6))
+
+
+def test_a_plan_covers_every_width_on_the_grid_and_nothing_twice() -> None:
+    model = plain()
+    trace = trace_network(model, INPUTS)
+    plan = plan_of(model, trace)
+    assert plan.grid == group_grids(trace, Alignment(4, 8)) and all(len(w) == 4 for w in plan.grid.values())
+    wanted = {layer.key({**trace.base_widths, **dict(zip(trace.base_widths, widths, strict=True))})
+              for layer in timed_layers(trace)
+              for widths in product((4, 8, 12, 16), repeat=3)}  # fmt: skip
+    assert keys(plan) == wanted
+    # The two inner layers are alike, so they share their 16 entries; stem and head have 4 each.
+    assert plan.count("entry") == len(wanted) == 16 + 4 + 4
+    assert len({job.id for job in plan.jobs}) == len(plan.jobs)
+
+
+def test_random_nets_ask_only_for_entries_of_the_plan() -> None:
+    model = plain()
+    trace = trace_network(model, INPUTS)
+    plan = plan_of(model, trace, nets=5)
+    rows = [job.detail["keys"] for job in plan.jobs if job.kind == "net"]
+    assert len(rows) == 6
+    assert {OpKey.from_row(row) for net in rows for row in net} <= keys(plan)
+
+
+def test_densities_of_random_nets_spread_out() -> None:
+    grid, draw = {"a": (4, 8, 12, 16), "b": tuple(range(8, 129, 8))}, random.Random(0)
+    totals = sorted(sum(random_widths(grid, draw).values()) for _ in range(30))
+    assert totals[0] < 0.4 * 144 and totals[-1] > 0.9 * 144
+
+
+def test_pruning_for_timing_gives_the_widths_asked_for() -> None:
+    model = plain()
+    trace = trace_network(model, INPUTS)
+    widths = dict.fromkeys(trace.base_widths, 8)
+    pruned = prune_to(model, INPUTS, trace, widths)
+    assert trace_network(pruned, INPUTS).base_widths == widths
+    assert trace_network(model, INPUTS).base_widths == trace.base_widths
+
+
+def test_a_concatenations_reader_is_profiled_over_its_total_width() -> None:
+    torch.manual_seed(0)
+    model = Concat().eval()
+    trace = trace_network(model, INPUTS)
+    read = sorted({key.cin for key in keys(plan_of(model, trace)) if key.kernel == (3, 3) and key.cin > 3})
+    assert read[-1] == 24 and len(read) >= 3
+
+
+def test_the_bundle_runs_by_itself_and_finishes(tmp_path: Path) -> None:
+    model = plain()
+    trace = trace_network(model, INPUTS)
+    bundle = plan_of(model, trace, nets=10).save(tmp_path / "b.pyz")
+    done = subprocess.run(
+        [sys.executable, "-I", str(bundle), "--quiet"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    table = finish(load_bundle(bundle).plan, tmp_path / "b.jsonl", device_name="bench")
+    assert table.device == "bench" and table.name == "p"
+    assert len(table.nets) == 11 and table.plan_sha256 == load_bundle(bundle).plan["sha256"]
+    table = replace(table, calibration=Calibration(1.0, 0.0, 11, 0.0, 0.0, 1.0))  # nets this small need not fit a line
+    cost = LatencyCost(trace, table)
+    assert cost.cost(dict.fromkeys(trace.base_widths, 8)) > 0
+    assert all(cost.allowed_widths(group) for group in trace.base_widths)
+
+
+def test_a_device_without_a_runtime_is_told_what_to_install(tmp_path: Path) -> None:
+    model = plain()
+    bundle = plan_of(model, trace_network(model, INPUTS)).save(tmp_path / "b.pyz")
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(bundle)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "pip install" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_bundle_holds_no_weights_and_no_code_but_the_device_file(tmp_path: Path) -> None:
+    model = plain()
+    bundle = plan_of(model, trace_network(model, INPUTS), nets=1).save(tmp_path / "b.pyz")
+    with zipfile.ZipFile(bundle) as archive:
+        names = archive.namelist()
+        assert {n for n in names if not n.startswith("blobs/")} == {"__main__.py", "plan.json"}
+        assert json.loads(archive.read("plan.json"))["format"] == "diplugin-profile-plan"
+    assert [p.name for p in tmp_path.iterdir()] == ["b.pyz"]
+
+
+def test_finish_wants_the_whole_journal_of_its_own_plan(tmp_path: Path) -> None:
+    model = plain()
+    plan = plan_of(model, trace_network(model, INPUTS))
+    with pytest.raises(TableError, match="cannot be read"):
+        finish(plan.plan, tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(TableError, match="header"):
+        finish(plan.plan, tmp_path / "empty.jsonl")
+    from diplugin.latency import device
+
+    journal = device.Journal(str(tmp_path / "begun.jsonl"), plan.plan)
+    journal.start({})
+    journal.close()
+    with pytest.raises(TableError, match="lacks"):
+        finish(plan.plan, tmp_path / "begun.jsonl")
+    with pytest.raises(TableError, match="another plan"):
+        finish({**plan.plan, "sha256": "0" * 64}, tmp_path / "begun.jsonl")
+
+
+def test_estimates_grow_with_the_plan() -> None:
+    model = plain()
+    trace = trace_network(model, INPUTS)
+    short, long = (
+        estimate_seconds(plan_of(model, trace), trace, 1.0),
+        estimate_seconds(plan_of(model, trace, 4), trace, 1.0),
+    )
+    assert 0 < short < long < estimate_seconds(plan_of(model, trace, 4), trace, 50.0)
+
+
+def test_no_threads_is_refused() -> None:
+    with pytest.raises(TableError, match="thread"):
+        runtime_setting(0)
