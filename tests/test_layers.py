@@ -16,11 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"errors"},
     {"discriminant", "plan", "samples", "tables", "groups", "network", "taps", "features", "costs"},
-    {"accuracy", "holdout", "layer_scores", "mask_rules", "masks", "run_folder", "scoring", "search", "surgery", "recovery", "quantize", "latency", "export", "reference"},
-    {"strategies", "report", "sources", "compare"},
+    {"accuracy", "export", "fitted_scores", "holdout", "latency", "layer_scores", "mask_rules", "masks", "quantize",
+     "recovery", "reference", "run_folder", "scoring", "search", "surgery", "survivors"},
+    {"compare", "contenders", "report", "sources", "strategies"},
     {"pipeline"},
-    {"cli"},
-]
+    {"cli", "demo"},
+]  # fmt: skip
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 #: The package's own lazy `__getattr__` names everything, and `python -m diplugin` is the command line.
 ABOVE_ALL = {"__init__", "__main__"}
