@@ -59,8 +59,9 @@ def test_report_writes_the_page_and_the_pictures(
 ) -> None:
     folder, _ = run_folder
     assert call(report_command, "report", str(folder), "--figures", str(tmp_path / "pictures")) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        str(folder / "report.html"), str(tmp_path / "pictures" / "structure.svg")]  # fmt: skip
+    pictures = [tmp_path / "pictures" / f"{name}.svg" for name in ("summary", "structure")]
+    assert capsys.readouterr().out.splitlines() == [str(folder / "report.html"), *map(str, pictures)]
+    assert all(path.is_file() for path in pictures)
 
 
 def test_report_of_a_killed_run_is_the_users_error(run_folder: tuple[Path, nn.Module]) -> None:

@@ -14,8 +14,9 @@ import pytest
 from diplugin.errors import PlanError
 from diplugin.plan import PathPoint, PlannedCost, PruningPlan
 from diplugin.report import figures, read_run, write_report
-from diplugin.report.charts import calibration, channel_scores, journey, kept_score, search_path, structure
+from diplugin.report.curves import calibration, journey, search_path, validation
 from diplugin.report.page import latency_pill
+from diplugin.report.rows import channel_scores, kept_score, structure
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -167,7 +168,7 @@ def test_every_picture_is_a_whole_svg_file_of_its_own(tmp_path: Path) -> None:
     folder = make(tmp_path / "run")
     paths = figures(folder, tmp_path / "out" / "pictures")
     assert {p.stem for p in paths} == {
-        "structure", "channel_scores", "search_path", "stage_seconds", "calibration", "journey"}  # fmt: skip
+        "summary", "structure", "channel_scores", "search_path", "stage_seconds", "calibration", "journey"}  # fmt: skip
     for path in paths:
         root = ElementTree.parse(path).getroot()
         assert root.tag == f"{SVG}svg" and root.get("aria-label")
@@ -207,7 +208,7 @@ def test_a_run_with_the_least_of_figures_still_has_a_page(tmp_path: Path) -> Non
     assert "keeps 50 % of the multiply-accumulates." in page.text and "Accuracy – – –" in page.text
     for missing in ("Budgets", "Latency, measured", "The path of the search", "Every channel", "Time"):
         assert missing not in page.text
-    assert [p.stem for p in figures(folder, tmp_path / "out")] == ["structure"]
+    assert [p.stem for p in figures(folder, tmp_path / "out")] == ["summary", "structure"]
 
 
 def test_a_network_without_groups_and_figures_without_extent_are_drawn(tmp_path: Path) -> None:
@@ -241,6 +242,32 @@ def test_a_table_is_labelled_by_how_far_it_can_be_trusted(tmp_path: Path, change
     figures_["latency_table"] |= changes
     pill = latency_pill(read_run(make(tmp_path / "run", metrics=figures_)))
     assert pill is not None and pill.text == label and (pill.tone == "good") == (label == "calibrated")
+
+
+def test_the_cross_check_with_scikit_learn_is_shown_layer_by_layer(tmp_path: Path) -> None:
+    found = [("DI", 8, 0.9), ("DI", 2, 0.7), ("L1", 2, 0.5), ("L1", 8, 0.9), ("unheard of", 1, 1), ("random", 4, 0.5)]
+    rows = [{"criterion": criterion, "kept": kept, "accuracy": rate} for criterion, kept, rate in found]
+    layers = [
+        {"layer": "stem", "worst_difference": 3e-15, "non_decreasing": True, "accuracies": rows},
+        {"layer": "body", "worst_difference": None, "non_decreasing": False, "accuracies": [3]},
+        "odd",
+    ]
+    folder = make(tmp_path / "run", validate={"layers": layers})
+    text = page_of(folder).text
+    assert "stem 3e-15 yes" in text and "body – no" in text
+    drawing = validation(read_run(folder))
+    assert drawing is not None
+    curves = list(ElementTree.fromstring(drawing.inline()).iter(f"{SVG}path"))
+    assert [p.get("class") for p in curves] == ["stroke-third", "stroke-kept"]
+    # 0.7 at 2 channels is drawn lower and further left than 0.9 at 8.
+    first, last = (list(map(float, step.split())) for step in curves[1].get("d", "")[1:].split(" L"))
+    assert first[0] < last[0] and first[1] > last[1]
+
+
+def test_an_accuracy_that_stays_is_said_to_stay(tmp_path: Path) -> None:
+    same = metrics()
+    same["recovered"]["accuracy"] = same["base"]["accuracy"] + 1e-6
+    assert "Accuracy stayed at 95.12 %." in page_of(make(tmp_path / "run", metrics=same)).text
 
 
 def without(key: str) -> dict[str, Any]:

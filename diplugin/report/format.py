@@ -56,7 +56,7 @@ def quantity(key: str) -> Quantity:
 def words(key: str) -> str:
     """`latency_budget` as "Latency budget"."""
     text = " ".join(_SPELLED.get(word, word) for word in str(key).replace("_", " ").split())
-    return text[:1].upper() + text[1:]
+    return text[:1].upper() + text[1:] if text[:1].isascii() else text  # ρ is no P
 
 
 def value(key: str, number: float | None) -> str:
@@ -74,7 +74,7 @@ def value(key: str, number: float | None) -> str:
         return f"{number:.1e}"
     if kind.scaled:
         return scaled(number)
-    return f"{significant(number)}{_GAP}{kind.unit}".strip()
+    return f"{significant(number)}{_GAP}{kind.unit}".strip().replace("-", MINUS, 1)
 
 
 def scaled(number: float) -> str:

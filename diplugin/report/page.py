@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import charts
+from . import curves, rows
 from .format import ABSENT, change, percent, quantity, scaled, seconds, signed_percent, value, words
 from .run import BudgetResult, Run
 from .svg import DARK, LIGHT, Drawing, drawing_style, variables
@@ -66,8 +66,8 @@ def render(run: Run) -> str:
     )
 
 
-PICTURES = (charts.structure, charts.channel_scores, charts.search_path, charts.stage_seconds, charts.calibration,
-            charts.journey)  # fmt: skip
+PICTURES = (rows.structure, rows.channel_scores, rows.stage_seconds, curves.search_path, curves.calibration,
+            curves.journey, curves.validation)  # fmt: skip
 
 
 def _content(run: Run) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _content(run: Run) -> dict[str, Any]:
         "scores": run.scores,
         "table": table_lines(run),
         "pill": latency_pill(run),
-        "calibrated_on": len(charts.calibration_points(run.table)),
+        "calibrated_on": len(curves.calibration_points(run.table)),
         "total_seconds": seconds(sum(run.seconds.values())) if run.seconds else None,
         "validation": validation_lines(run),
         "sections": [(name, flat(section)) for name, section in _record(run) if section],
@@ -114,9 +114,14 @@ def headline(run: Run) -> str:
         return "The run recorded no costs before and after."
     before, after = run.base.get("accuracy"), run.last("accuracy")
     left = ", ".join(costs[:-1]) + (" and " if len(costs) > 1 else "") + costs[-1]
-    judged = "" if before is None or after is None else (
-        f" Accuracy went from {percent(before, 2)} to {percent(after, 2)} ({change('accuracy', before, after)})."
-    )  # fmt: skip
+    if before is None or after is None:
+        judged = ""
+    elif round(before, 4) == round(after, 4):
+        judged = f" Accuracy stayed at {percent(after, 2)}."
+    else:
+        judged = (
+            f" Accuracy went from {percent(before, 2)} to {percent(after, 2)} ({change('accuracy', before, after)})."
+        )
     return f"The {_STAGE_WORDS[run.final.name].lower()} network keeps {left}.{judged}"
 
 
@@ -142,26 +147,26 @@ def _basis(key: str) -> str:
 def stage_rows(run: Run) -> list[dict[str, Any]]:
     """A row a figure: one cell a stage, and the change from the first to the last stage that has it."""
     extra = dict.fromkeys(k for s in run.stages for k in s.figures if k not in _ROWS)
-    rows = []
+    table = []
     for key in (*_ROWS, *extra):
         cells = [value(key, s.get(key)) for s in run.stages]
         if all(c == ABSENT for c in cells) and key not in _ROWS[:4]:
             continue
-        rows.append({"name": quantity(key).name, "cells": cells,
+        table.append({"name": quantity(key).name, "cells": cells,
                      "change": change(key, run.base.get(key), run.last(key)) if key in _ROWS else ABSENT})  # fmt: skip
-    return rows
+    return table
 
 
 def agreement(run: Run) -> list[dict[str, str]]:
     """Predicted and measured latency side by side, for every stage that has both."""
-    rows = []
+    lines = []
     for stage in run.stages:
         predicted, measured = stage.get("latency_ms_predicted"), stage.get("latency_ms_measured")
         if predicted is not None and measured:
-            rows.append({"stage": _STAGE_WORDS[stage.name], "predicted": value("latency_ms", predicted),
+            lines.append({"stage": _STAGE_WORDS[stage.name], "predicted": value("latency_ms", predicted),
                          "measured": value("latency_ms", measured),
                          "difference": signed_percent(predicted / measured - 1)})  # fmt: skip
-    return rows
+    return lines
 
 
 def _budget_row(budget: BudgetResult) -> dict[str, Any]:
@@ -235,11 +240,8 @@ def _left_alone(run: Run) -> list[tuple[str, str]]:
 
 def validation_lines(run: Run) -> list[dict[str, str]]:
     """The cross-check with scikit-learn, a line a layer."""
-    layers = run.validation.get("layers") if run.validation is not None else None
     lines = []
-    for layer in layers if isinstance(layers, list) else ():
-        if not isinstance(layer, Mapping):
-            continue
+    for layer in curves.validated_layers(run):
         worst, rising = layer.get("worst_difference"), layer.get("non_decreasing")
         lines.append({
             "layer": str(layer.get("layer", ABSENT)),

@@ -20,6 +20,7 @@ DARK = {
     "kept": "#56b3d1", "second": "#ee9664", "third": "#a99be0", "fourth": "#8cc97e", "gone": "#55626b",
 }  # fmt: skip
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+WIDTH = 760
 SERIES = ("kept", "second", "third", "fourth")
 
 
@@ -37,6 +38,7 @@ def drawing_style() -> str:
         f"svg.drawing text {{ font-family: {FONT}; font-size: 12px; fill: var(--ink); "
         "font-variant-numeric: tabular-nums; } svg.drawing text.soft { fill: var(--soft); } "
         "svg.drawing text.small { font-size: 11px; } svg.drawing text.strong { font-weight: 600; } "
+        "svg.drawing text.large { font-size: 22px; font-weight: 600; } "
         f"{fills} .dashed {{ stroke-dasharray: 4 3; }}"
     )
 
@@ -90,6 +92,10 @@ class Drawing:
             f'<text x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}" class="{kind}">'
             f"{_escaped(words)}{_title(title)}</text>"
         )
+
+    def place(self, other: Drawing, x: float, y: float) -> None:
+        """Another drawing, with its upper left corner at (x, y)."""
+        self.parts.append(f'<g transform="translate({_n(x)} {_n(y)})">{"".join(other.parts)}</g>')
 
     def inline(self) -> str:
         """The element, for a page that has `drawing_style`."""

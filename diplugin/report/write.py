@@ -9,6 +9,7 @@ from ..errors import PlanError
 from ..run_folder import REPORT
 from .page import PICTURES, render
 from .run import read_run
+from .summary import summary
 
 
 def write_report(folder: str | Path) -> Path:
@@ -30,13 +31,13 @@ def figures(folder: str | Path, out: str | Path) -> list[Path]:
 
     Args:
         folder: a run folder.
-        out: made if it does not exist; gets `structure.svg`, `search_path.svg` and so on, as far as the run has them.
+        out: made if it does not exist; gets `summary.svg`, `structure.svg` and so on, as far as the run has them.
 
     Raises:
         PlanError: no whole run folder, or `out` cannot be written.
     """
     run = read_run(folder)
-    drawings = {picture.__name__: picture(run) for picture in PICTURES}
+    drawings = {picture.__name__: picture(run) for picture in (summary, *PICTURES)}
     paths = []
     for name, drawing in drawings.items():
         if drawing is not None:

@@ -1,116 +1,17 @@
-"""The pictures of a run: what stayed of every layer, what the search gave up for it, and where the time went.
+"""Pictures with two axes: the search's path, accuracy against cost, prediction against stopwatch, and LDA's verdict.
 
 Every function turns a `Run` into one `Drawing`, or None where the run has nothing to draw.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
-from .format import percent, quantity, seconds, tick_labels, value
+from .format import percent, quantity, tick_labels, value
 from .run import Run
-from .svg import SERIES, Axis, Drawing, shortened, ticks
-
-WIDTH = 760
-_NAME_CHARACTERS = 28
-
-
-def structure(run: Run) -> Drawing | None:
-    """A row a channel group: channels kept within the unpruned ones, the DI of its features, the score that stays."""
-    plan = run.plan
-    if not plan.channels:
-        return None
-    names = list(plan.channels)
-    row = 22 if len(names) <= 40 else 18
-    top, name_width, bar_width = 30, 190, 290
-    di_start, share_end = name_width + bar_width + 100, WIDTH - 2
-    drawing = Drawing(WIDTH, top + row * len(names) + 8, "Channels kept and discriminant information of every layer")
-    scale = Axis(0, max(plan.channels.values()), 0, bar_width)
-    di_axis = Axis(0, 1, di_start, di_start + 90)
-    scored = run.scores is not None and bool(run.scores.di)
-    drawing.text(0, 14, "Layer", "soft small")
-    drawing.text(name_width, 14, "Channels kept of the unpruned ones", "soft small")
-    if scored:
-        drawing.text(di_axis(0), 14, "DI, 0 to 1", "soft small")
-        drawing.text(share_end, 14, "Score kept", "soft small", "end")
-        for mark in (0, 0.5, 1):
-            drawing.line(di_axis(mark), top - 8, di_axis(mark), drawing.height - 8)
-    for i, name in enumerate(names):
-        y = top + row * i
-        middle, kept, channels = y + row / 2 - 2, len(plan.kept[name]), plan.channels[name]
-        drawing.text(0, middle + 4, shortened(name, _NAME_CHARACTERS), title=name)
-        hint = f"{name}: {kept} of {channels} channels kept"
-        drawing.rect(name_width, middle - row * 0.32, scale(channels), row * 0.64, "track", hint)
-        drawing.rect(name_width, middle - row * 0.32, scale(kept), row * 0.64, "kept", hint)
-        drawing.text(name_width + scale(channels) + 8, middle + 4, f"{kept} / {channels}", "soft")
-        if scored:
-            _scored_row(drawing, run, name, middle, di_axis, share_end)
-    return drawing
-
-
-def _scored_row(drawing: Drawing, run: Run, name: str, y: float, axis: Axis, share_end: float) -> None:
-    assert run.scores is not None
-    di = run.scores.di.get(name)
-    if di is not None:
-        shown = axis(min(1.0, max(0.0, di)))
-        drawing.line(axis(0), y, shown, y, "second", 2)
-        drawing.dot(shown, y, 4, "second", f"{name}: DI {di:.3f}")
-    share = kept_score(run, name)
-    drawing.text(share_end, y + 4, percent(share, 0), "soft", "end")
-
-
-def kept_score(run: Run, name: str) -> float | None:
-    """Share of a group's summed channel scores that stays."""
-    scores = run.scores.channels.get(name, ()) if run.scores is not None else ()
-    total = sum(scores)
-    if total <= 0 or len(scores) != run.plan.channels[name]:
-        return None
-    return sum(scores[i] for i in run.plan.kept[name]) / total
-
-
-def channel_scores(run: Run) -> Drawing | None:
-    """A row a group: every channel at its score, on one logarithmic axis; removed ones hollow."""
-    if run.scores is None:
-        return None
-    rows = [(n, run.scores.channels[n]) for n in run.plan.channels
-            if len(run.scores.channels.get(n, ())) == run.plan.channels[n]]  # fmt: skip
-    positive = [s for _, scores in rows for s in scores if s > 0]
-    if not positive:
-        return None
-    low, high = max(min(positive), max(positive) * 1e-8), max(positive)
-    row, top, left = 22 if len(rows) <= 40 else 18, 30, 190
-    axis = Axis(math.log10(low), math.log10(high), left + 8, WIDTH - 10)
-    drawing = Drawing(WIDTH, top + row * len(rows) + 22, "Score of every channel, kept or removed")
-    bottom = top + row * len(rows)
-    for mark in _decades(axis.low, axis.high):
-        x = axis(math.log10(mark))
-        drawing.line(x, top - 6, x, bottom)
-        drawing.text(x, bottom + 15, f"{mark:g}" if mark >= 1e-4 else _power(mark), "soft small", "middle")
-    drawing.dots([(left + 12, 10)], 3, "kept")
-    drawing.text(left + 20, 14, "kept", "soft small")
-    drawing.dots([(left + 62, 10)], 3, "gone", hollow=True)
-    drawing.text(left + 70, 14, "removed", "soft small")
-    for i, (name, scores) in enumerate(rows):
-        y, kept = top + row * i + row / 2 - 2, set(run.plan.kept[name])
-        drawing.text(0, y + 4, shortened(name, _NAME_CHARACTERS), title=name)
-        radius = 3 if len(scores) <= 128 else 2
-        for stays in (False, True):
-            found = {round(axis(math.log10(max(s, low)))) for c, s in enumerate(scores) if (c in kept) == stays}
-            drawing.dots([(x, y) for x in sorted(found)], radius, "kept" if stays else "gone", hollow=not stays)
-    return drawing
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """Powers of ten between two logarithms, with 2 and 5 in between where there are few."""
-    steps = (1,) if high - low > 3 else (1, 2, 5)
-    marks = [m * 10.0**p for p in range(math.floor(low), math.ceil(high) + 1) for m in steps]
-    return [m for m in marks if low - 1e-9 <= math.log10(m) <= high + 1e-9]
-
-
-def _power(mark: float) -> str:
-    digits = str(round(math.log10(mark))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"10{digits}"
+from .svg import SERIES, WIDTH, Axis, Drawing, shortened, ticks
 
 
 def _marks(low: float, high: float, about: int) -> list[tuple[float, str]]:
@@ -161,21 +62,6 @@ def _path_costs(run: Run) -> list[str]:
     return (list(dict.fromkeys(budgeted)) or known)[: len(SERIES)]
 
 
-def stage_seconds(run: Run) -> Drawing | None:
-    """Where the run's time went, a bar a stage."""
-    if not run.seconds:
-        return None
-    row, left = 22, 190
-    drawing = Drawing(WIDTH, row * len(run.seconds) + 4, "Seconds per stage")
-    scale = Axis(0, max(run.seconds.values()) or 1, 0, WIDTH - left - 90)
-    for i, (name, spent) in enumerate(run.seconds.items()):
-        middle = row * i + row / 2
-        drawing.text(0, middle + 4, shortened(name, _NAME_CHARACTERS), title=name)
-        drawing.rect(left, middle - 6, max(1.0, scale(spent)), 12, "kept")
-        drawing.text(left + max(1.0, scale(spent)) + 8, middle + 4, seconds(spent), "soft")
-    return drawing
-
-
 def calibration(run: Run) -> Drawing | None:
     """Latency predicted against measured: the table's calibration nets, and this run's own two."""
     nets = calibration_points(run.table)
@@ -188,10 +74,10 @@ def calibration(run: Run) -> Drawing | None:
     values = [v for p in nets for v in p] + [v for _, p, m in mine for v in (p, m)]
     low, high = min(values), max(values)
     pad = 0.08 * (high - low or high)
-    x = Axis(max(0.0, low - pad), high + pad, left, size - 4)
+    x = Axis(max(0.0, low - pad), high + pad, left, size - 14)
     y = Axis(x.low, x.high, size - bottom, top)
     for mark, words in _marks(x.low, x.high, 5):
-        drawing.line(left, y(mark), size - 4, y(mark))
+        drawing.line(left, y(mark), size - 14, y(mark))
         drawing.text(left - 8, y(mark) + 4, words, "soft small", "end")
         drawing.text(x(mark), size - bottom + 16, words, "soft small", "middle")
     drawing.line(x(x.low), y(x.low), x(x.high), y(x.high), "gone", 1, dashed=True)
@@ -203,7 +89,7 @@ def calibration(run: Run) -> Drawing | None:
         drawing.text(x(predicted) + (9 if right else -9), y(measured) + 4, "unpruned" if name == "base" else name,
                      "strong small", "start" if right else "end")  # fmt: skip
     drawing.text(0, 12, "Measured, ms", "soft small")
-    drawing.text(size - 4, size - 6, "Predicted by the table, ms", "soft small", "end")
+    drawing.text(size - 14, size - 6, "Predicted by the table, ms", "soft small", "end")
     return drawing
 
 
@@ -245,7 +131,73 @@ def journey(run: Run) -> Drawing | None:
     drawing.path([(x(c), y(a)) for _, c, a in known], "gone", 1.5)
     for name, c, a in known:
         drawing.dot(x(c), y(a), 5, "second" if name == "base" else "kept", f"{name}: {percent(a, 2)}")
-        drawing.text(x(c) + 10, y(a) + 4, "unpruned" if name == "base" else name, "strong small")
+        # The path leaves to the right of every stage but the first.
+        right = name == "base"
+        drawing.text(x(c) + (10 if right else -10), y(a) + 4, "unpruned" if right else name, "strong small",
+                     "start" if right else "end")  # fmt: skip
     drawing.text(0, 12, "Accuracy, %", "soft small")
     drawing.text(WIDTH - 10, height - 6, quantity(cost).name + (f", {unit}" if unit else ""), "soft small", "end")
     return drawing
+
+
+_ORDERS: tuple[str, ...] = ("DI", "DI, eliminated", "L1", "variance", "random")
+
+
+def validation(run: Run) -> Drawing | None:
+    """Accuracy of linear discriminant analysis on the channels that each criterion keeps, a panel a layer."""
+    layers = [(name, curves) for name, curves in map(_lda_curves, validated_layers(run)) if curves]
+    if not layers:
+        return None
+    width, height, columns, head = 370, 190, 2, 28
+    lines = -(-len(layers) // columns)
+    drawing = Drawing(WIDTH, head + height * lines, "Accuracy of linear discriminant analysis on the channels kept")
+    names = [n for n in _ORDERS if any(n in curves for _, curves in layers)]
+    colours: dict[str, str] = dict(zip(_ORDERS, (*SERIES, "gone"), strict=True))
+    at = 0.0
+    for name in names:
+        drawing.line(at, 10, at + 16, 10, colours[name], 2.5)
+        drawing.text(at + 22, 14, name, "small")
+        at += 50 + 6.4 * len(name)
+    for i, (layer, curves) in enumerate(layers):
+        _lda_panel(drawing, layer, curves, colours, i % columns * (WIDTH - width), head + i // columns * height, width)
+    return drawing
+
+
+def _lda_panel(
+    drawing: Drawing, layer: str, curves: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, str],
+    left: float, top: float, width: float,
+) -> None:  # fmt: skip
+    points = [point for curve in curves.values() for point in curve]
+    counts, rates = [c for c, _ in points], [100 * a for _, a in points]
+    x = Axis(0, max(counts), left + 34, left + width - 6)
+    pad = max(0.5, 0.1 * (max(rates) - min(rates)))
+    y = Axis(max(0.0, min(rates) - pad), min(100.0, max(rates) + pad), top + 150, top + 24)
+    drawing.text(left, top + 12, shortened(layer, 30), "strong small", title=layer)
+    drawing.text(left + width - 6, top + 12, "accuracy, %, by channels kept", "soft small", "end")
+    for mark, words in _marks(y.low, y.high, 4):
+        drawing.line(x.start, y(mark), x.end, y(mark))
+        drawing.text(x.start - 6, y(mark) + 4, words, "soft small", "end")
+    for mark, words in _marks(0, x.high, 5):
+        drawing.text(x(mark), top + 166, words, "soft small", "middle")
+    for name in reversed([n for n in colours if n in curves]):
+        drawing.path([(x(c), y(100 * a)) for c, a in curves[name]], colours[name], 2.2 if name == "DI" else 1.4)
+
+
+def validated_layers(run: Run) -> list[Mapping[str, Any]]:
+    """The layers of a `diplugin validate` record."""
+    layers = run.validation.get("layers") if run.validation is not None else None
+    return [layer for layer in layers if isinstance(layer, Mapping)] if isinstance(layers, list) else []
+
+
+def _lda_curves(layer: Mapping[str, Any]) -> tuple[str, dict[str, list[tuple[float, float]]]]:
+    """(name, criterion -> [(channels kept, accuracy)] with at least two points)."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    rows = layer.get("accuracies")
+    for row in rows if isinstance(rows, list) else ():
+        kept, rate = (row.get("kept"), row.get("accuracy")) if isinstance(row, Mapping) else (None, None)
+        if isinstance(kept, (int, float)) and isinstance(rate, (int, float)) and str(row.get("criterion")) in _ORDERS:
+            curves.setdefault(str(row["criterion"]), []).append((float(kept), float(rate)))
+    rising = {
+        n: sorted(c) for n, c in curves.items() if len(c) > 1 and any(b[0] > a[0] for a, b in pairwise(sorted(c)))
+    }
+    return str(layer.get("layer", "")), rising
