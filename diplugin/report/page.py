@@ -86,7 +86,7 @@ def _content(run: Run) -> dict[str, Any]:
         "calibrated_on": len(curves.calibration_points(run.table)),
         "total_seconds": seconds(sum(run.seconds.values())) if run.seconds else None,
         "validation": validation_lines(run),
-        "sections": [(name, flat(section)) for name, section in _record(run) if section],
+        "sections": [(name, lines) for name, lines in _record(run) if lines],
     }
 
 
@@ -251,10 +251,11 @@ def validation_lines(run: Run) -> list[dict[str, str]]:
     return lines
 
 
-def _record(run: Run) -> list[tuple[str, Any]]:
+def _record(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     config = {k: v for k, v in run.config.items() if k not in ("versions", "seed")}
-    seed = {} if run.seed is None else {"seed": run.seed}
-    return [("Asked for", config), ("Data", run.data), ("Versions and seed", {**run.versions, **seed})]
+    packages = [(str(name), _plain(item)) for name, item in run.versions.items()]  # names as packages spell them
+    seed = [] if run.seed is None else [("Seed", _plain(run.seed))]
+    return [("Asked for", flat(config)), ("Data", flat(run.data) if run.data else []), ("Versions", packages + seed)]
 
 
 def flat(section: Any, prefix: str = "", depth: int = 0) -> list[tuple[str, str]]:
