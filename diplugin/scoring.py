@@ -12,8 +12,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .discriminant import Sketch
 from .errors import DataError
-from .features import CHUNK_SIZE, Forward, GetLabels, Observation, forward_inputs, labels_of, score_points
+from .features import (
+    CHUNK_SIZE,
+    Forward,
+    GetLabels,
+    Observation,
+    ScoreProfile,
+    UntilStable,
+    forward_inputs,
+    labels_of,
+    score_points,
+)
 from .groups import ChannelGroup
 from .taps import AfterActivation, Tap, points_of, root_scores
 
@@ -47,6 +58,9 @@ def score_groups(
     forward: Forward = forward_inputs,
     chunk_size: int = CHUNK_SIZE,
     class_weight: str | None = None,
+    sketch: Sketch | None = None,
+    until: UntilStable | None = None,
+    profile: ScoreProfile | None = None,
 ) -> GroupScores:
     """Score every prunable group by first-order DI.
 
@@ -57,14 +71,17 @@ def score_groups(
         rho: ridge relative to the mean energy of an image.
         tap: which tensors are scored, see `diplugin.taps`.
         chunk_size: images per DI problem; scores of different sizes do not compare.
+        sketch: how much of large maps is read, see `discriminant.Sketch`.
+        until: stop before the data ends, once the ranking is reliable.
+        profile: a notebook for time, memory and reliability.
 
     Raises:
         DataError: unusable data, or a group none of whose layers ran.
     """
     tap = tap or AfterActivation()
     wanted = [group for group in groups if group.prunable]
-    observation = Observation(get_labels, forward, rho, class_weight, chunk_size)
-    seen = score_points(model, loader, points_of(wanted, tap), observation)
+    observation = Observation(get_labels, forward, rho, class_weight, chunk_size, sketch or Sketch())
+    seen = score_points(model, loader, points_of(wanted, tap), observation, until=until, profile=profile)
     scores: dict[str, Tensor] = {}
     di: dict[str, float] = {}
     for group in wanted:

@@ -11,6 +11,7 @@ from .batches import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, forward_
 from .observe import Observation, score_points
 from .profile import LayerProfile, ScoreProfile
 from .scene import Scene, observing
+from .sharing import Team, process_group
 from .stability import UntilStable, rank_correlation, reliability
 
 __all__ = [
@@ -21,12 +22,14 @@ __all__ = [
     "Observation",
     "Scene",
     "ScoreProfile",
+    "Team",
     "UntilStable",
     "chunks",
     "device_of",
     "forward_inputs",
     "labels_of",
     "observing",
+    "process_group",
     "rank_correlation",
     "reliability",
     "score_points",

@@ -18,7 +18,7 @@ from .batches import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, forward_
 from .profile import ScoreProfile
 from .scene import Scene, observing
 from .sharing import Chunk, Team, current_team
-from .stability import UntilStable
+from .stability import UntilStable, reliability
 
 DEFAULT_SKETCH = Sketch()
 
@@ -52,7 +52,7 @@ def score_points(
 
     Args:
         until: stop before the data ends, once the ranking is reliable.
-        profile: a notebook for time and memory, layer by layer.
+        profile: a notebook for time and memory, layer by layer, and for the reliability of the ranking.
 
     Returns:
         scores (float64, [channels], fractions of label variance) per point; a layer that never ran is left out.
@@ -69,6 +69,7 @@ def score_points(
         scored = _run(model, loader, points, seen, team, scene, until)
     if profile is not None:
         profile.total_seconds += time.perf_counter() - started
+        profile.reliability = reliability([chunk for chunk in scored if chunk])
     averages = {point: ScoreAverage() for point in points}
     for chunk in scored:
         for point, scores in chunk.items():

@@ -1,4 +1,4 @@
-"""Where the time and the memory of scoring go: a notebook that `score_points` fills when it is given one."""
+"""What scoring cost and how sure it is: a notebook that `score_points` fills when it is given one."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ class LayerProfile:
 
 
 class ScoreProfile:
-    """Time of the whole passes, and of scoring within them for every tapped tensor."""
+    """Time of the whole passes, and of scoring within them for every tapped tensor; `reliability` of the ranking as
+    `features.reliability` defines it."""
 
     def __init__(self) -> None:
         self.total_seconds = 0.0
+        self.reliability = 0.0
         self._layers: dict[TapPoint, LayerProfile] = {}
 
     def add(self, point: TapPoint, tensor: Tensor, seconds: float) -> None:

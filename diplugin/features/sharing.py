@@ -8,7 +8,9 @@ that fails tells the others, and all of them raise one message.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +79,27 @@ class Team:
     def _widths(self, own: Sequence[Chunk], points: Sequence[TapPoint]) -> list[int]:
         known = [max((len(chunk[p].scores) for chunk in own if p in chunk), default=0) for p in points]
         return torch.stack(_all_gather(torch.tensor(known), self.size)).amax(0).tolist() if points else []
+
+
+@contextmanager
+def process_group() -> Iterator[Team]:
+    """Join the processes that `torchrun` started, for the time of the block; nothing without it.
+
+    Raises:
+        DeviceError: the others cannot be reached.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size < 2 or dist.is_initialized():
+        yield current_team(())
+        return
+    try:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise DeviceError(f"expected {size} processes that reach each other, got {first_line(error)}") from error
+    try:
+        yield Team(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
 
 
 def current_team(loader: Iterable[Any]) -> Team:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..costs import Budget, CostModel
 from ..features import CHUNK_SIZE, Forward, GetLabels, forward_inputs, labels_of
@@ -63,13 +64,17 @@ class OneShot:
 
 
 def first_images(loader: Iterable[Any], images: int) -> Iterable[Any]:
-    """Batches of a loader until `images` images have gone by."""
-    import torch
-
+    """Batches of a loader until `images` images have gone by; the last one is cut where its leaves allow it."""
     seen = 0
     for batch in loader:
         if seen >= images:
             return
-        yield batch
-        leaves = torch.utils._pytree.tree_leaves(batch)
-        seen += next((len(x) for x in leaves if isinstance(x, torch.Tensor) and x.ndim), 1)
+        leaves = [x for x in pytree.tree_leaves(batch) if _rows(x)]
+        length, left = len(leaves[0]) if leaves else 1, images - seen
+        whole = length <= left or any(len(x) != length for x in leaves)
+        yield batch if whole else pytree.tree_map(lambda x, left=left: x[:left] if _rows(x) else x, batch)
+        seen += length
+
+
+def _rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
