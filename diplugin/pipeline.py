@@ -11,42 +11,36 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-import platform
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .accuracy import accuracy
 from .costs import Budget, CostModel, PeakActivationMemory, macs, params
 from .costs.latency import LatencyCost
 from .errors import BudgetError, DataError, DipluginError, ModelError
 from .features import Forward, GetLabels, device_of, forward_inputs, labels_of
 from .groups import first_line
 from .holdout import Split, split_holdout
+from .measurements import Measure, finite, verdict, versions
 from .network import NetworkTrace, trace_network
-from .plan import PlannedCost, PruningPlan
+from .plan import PruningPlan
 from .recovery import REPAIRS, EpochReport, FineTuning, Repair, train
 from .report import table_info, write_report
 from .run_folder import METRICS, ONNX, REPORT, SCORES, RunFolder
 from .scoring import GroupScores
 from .search import SearchLimits
-from .strategies import OneShot
-from .surgery import PLAN_FILE, WEIGHTS_FILE, apply_plan, load_weights, read_weights, save_pruned
+from .strategies import OneShot, search_by_clock
+from .surgery import PLAN_FILE, apply_plan, save_pruned
 from .tables import LatencyTable
 from .taps import AfterActivation, Tap
-
-_TIMING_ATTEMPTS = 4
-_PACKAGES = ("diplugin", "torch", "torch-pruning", "onnx", "onnxruntime", "numpy", "scikit-learn")
 
 Tell = Callable[[str], None]
 
@@ -131,8 +125,12 @@ def compress(
         try:
             with _seeded(seed), _warnings_logged(folder):
                 torch.manual_seed(seed)
-                run = _Run(folder, strategy, model, split_holdout(loader, holdout, seed), test_loader, example_inputs,
-                           tuple(budgets), latency_table, recovery, bits, augment, seed, tell or (lambda _: None))
+                split = split_holdout(loader, holdout, seed)
+                inputs = tuple(x.to(device_of(model)) if isinstance(x, torch.Tensor) else x for x in example_inputs)
+                measure = Measure(test_loader if test_loader is not None else split.holdout, inputs, latency_table,
+                                  get_labels, forward)  # fmt: skip
+                run = _Run(folder, strategy, model, split, measure, tuple(budgets), recovery, bits, augment, seed,
+                           test_loader is not None, tell or (lambda _: None))  # fmt: skip
                 result = run.result()
         except DipluginError:
             folder.abandon()
@@ -148,59 +146,49 @@ class _Run:
     strategy: OneShot
     model: nn.Module
     split: Split
-    test: Iterable[Any] | None
-    inputs: tuple[Any, ...]
+    measure: Measure
     budgets: tuple[Budget, ...]
-    table: LatencyTable | None
     recovery: FineTuning | None
     bits: Any
     augment: Callable[[torch.Tensor], torch.Tensor] | None
     seed: int
+    tested: bool
     tell: Tell
     seconds: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     def result(self) -> CompressionResult:
-        base_model = copy.deepcopy(self.model).eval()
-        trace, costs = self.trace(base_model)
-        metrics: dict[str, Any] = {"base": self.judge_base(base_model, costs)}
-        scores = self.score(base_model, trace)
-        plan = self.search(base_model, trace, scores, costs)
-        pruned = self.cut(base_model, trace, plan)
-        metrics["pruned"] = self.figures(pruned, plan)
-        self.tell(f"pruned: accuracy {metrics['pruned']['accuracy']:.2%} before any training")
+        base = copy.deepcopy(self.model).eval()
+        trace, costs = self.trace(base)
+        self.judge(base, costs)
+        scores = self.score(base, trace)
+        plan = self.search(base, trace, scores, costs)
+        pruned = self.cut(base, trace, plan)
         if self.recovery is not None:
-            pruned = self.recover(pruned, base_model)
-            metrics["recovered"] = self.figures(pruned, plan)
-            self.tell(f"recovered: accuracy {metrics['recovered']['accuracy']:.2%}")
-        with self.stage("export"):
-            save_pruned(pruned, plan, self.folder.path)
-            last = metrics["recovered" if self.recovery is not None else "pruned"]
-            last.update(self.export(pruned, ONNX))
-        quantized = self.quantize(pruned, base_model, plan, metrics)
-        self.finish(metrics, pruned, plan)
-        return CompressionResult(pruned.eval(), plan, metrics, self.folder.path, scores, quantized)
+            pruned = self.recover(pruned, base, plan, self.recovery)
+        self.export(pruned, plan)
+        quantized = self.quantize(pruned, base) if self.bits is not None else None
+        self.finish(plan)
+        return CompressionResult(pruned.eval(), plan, self.metrics, self.folder.path, scores, quantized)
 
-    # ------------------------------------------------------------------------------------------- stages
+    @property
+    def final(self) -> dict[str, Any]:
+        """Figures of the float network that comes out."""
+        return self.metrics["recovered" if "recovered" in self.metrics else "pruned"]
 
     def trace(self, model: nn.Module) -> tuple[NetworkTrace, list[CostModel]]:
         with self.stage("trace"):
-            inputs = tuple(x.to(device_of(model)) if isinstance(x, torch.Tensor) else x for x in self.inputs)
-            self.inputs = inputs
-            trace = trace_network(model, inputs)
+            trace = trace_network(model, self.measure.inputs)
             costs: list[CostModel] = [macs(trace), params(trace), PeakActivationMemory(trace)]
-            if self.table is not None:
-                costs.append(LatencyCost(trace, self.table))
+            if self.measure.table is not None:
+                costs.append(LatencyCost(trace, self.measure.table))
         self.tell(f"traced: {len(trace.prunable)} of {len(trace.groups)} channel groups can be pruned")
         return trace, costs
 
-    def judge_base(self, model: nn.Module, costs: Sequence[CostModel]) -> dict[str, Any]:
+    def judge(self, model: nn.Module, costs: Sequence[CostModel]) -> None:
         with self.stage("judge"):
-            figures = {"accuracy": self.accuracy(model)}
-            figures.update({_metric_name(cost): cost.base for cost in costs})
-            with tempfile.TemporaryDirectory() as scratch:
-                figures.update(self.export(model, Path(scratch) / ONNX))
-        self.tell(f"unpruned: accuracy {figures['accuracy']:.2%}, {figures['macs'] / 1e6:.1f} M MACs")
-        return figures
+            base = self.metrics["base"] = self.measure.base(model, costs)
+        self.tell(f"unpruned: accuracy {base['accuracy']:.2%}, {base['macs'] / 1e6:.1f} M MACs")
 
     def score(self, model: nn.Module, trace: NetworkTrace) -> GroupScores:
         with self.stage("score"):
@@ -217,161 +205,97 @@ class _Run:
         self, model: nn.Module, trace: NetworkTrace, scores: GroupScores, costs: Sequence[CostModel]
     ) -> PruningPlan:
         path = self.folder.path / PLAN_FILE
-        if path.exists():
+        if path.exists():  # a run taken up again keeps its plan
             return PruningPlan.load(path)
+        latency = next((c for c in costs if c.name == "latency_ms"), None)
         with self.stage("search"):
-            aims = tuple(self._aim(budget, costs) for budget in self.budgets)
-            plan = self.strategy.search(trace, scores, costs, aims)
-            if self.timed_here:
-                plan = self._search_by_clock(model, trace, scores, costs, aims, plan)
+            if latency is not None and any(b.cost == "latency_ms" for b in self.budgets):
+                plan = self._search_latency(model, trace, scores, costs, latency)
+            else:
+                plan = self.strategy.search(trace, scores, costs, self.budgets)
             plan.save(path)
         shares = ", ".join(f"{name} {cost.fraction:.0%}" for name, cost in plan.costs.items())
         self.tell(f"planned: {shares} of the unpruned network")
         return plan
 
-    def _aim(self, budget: Budget, costs: Sequence[CostModel]) -> Budget:
-        """A latency budget is planned for with the table's held-out error to spare."""
-        calibration = self.table.calibration if self.table is not None else None
-        if budget.cost != "latency_ms" or calibration is None:
-            return budget
-        cost = next(c for c in costs if c.name == "latency_ms")
-        return Budget("latency_ms", limit=budget.absolute(cost) * (1 - min(0.2, calibration.mape)))
+    def _search_latency(
+        self, model: nn.Module, trace: NetworkTrace, scores: GroupScores, costs: Sequence[CostModel], cost: CostModel
+    ) -> PruningPlan:
+        """Plan with the table's held-out error to spare, and by the clock where this is the table's machine."""
+        table, others = self.measure.table, [b for b in self.budgets if b.cost != "latency_ms"]
+        limit = min(self._limit_ms(b, cost) for b in self.budgets if b.cost == "latency_ms")
+        spare = table.calibration.mape if table is not None and table.calibration is not None else 0.0
 
-    @property
-    def timed_here(self) -> bool:
-        """Whether the table is this machine's and a latency budget is asked for."""
-        return self._local and any(b.cost == "latency_ms" for b in self.budgets)
+        def search(aim_ms: float) -> PruningPlan:
+            return self.strategy.search(trace, scores, costs, [*others, Budget("latency_ms", limit=aim_ms)])
 
-    @property
-    def _local(self) -> bool:
-        if self.table is None or self.table.origin != "measured":
-            return False
-        from .latency.local import is_this_machine
+        def milliseconds(plan: PruningPlan) -> float:
+            return self.measure.milliseconds(apply_plan(copy.deepcopy(model), plan, self.measure.inputs)) or 0.0
 
-        return is_this_machine(self.table)
+        aim = limit * (1 - min(0.2, spare))
+        if not self.measure.local:
+            return search(aim)
+        return search_by_clock(search, milliseconds, limit, aim, self.folder.log)
 
-    def _search_by_clock(
-        self, model: nn.Module, trace: NetworkTrace, scores: GroupScores, costs: Sequence[CostModel],
-        aims: tuple[Budget, ...], plan: PruningPlan,
-    ) -> PruningPlan:  # fmt: skip
-        """Time the structure, aim lower while it is over the budget."""
-        cost = next(c for c in costs if c.name == "latency_ms")
-        asked = min(b.absolute(cost) for b in self.budgets if b.cost == "latency_ms")
-        limit = min(b.absolute(cost) for b in aims if b.cost == "latency_ms")
-        for _ in range(_TIMING_ATTEMPTS):
-            measured = self._time(apply_plan(copy.deepcopy(model), plan, self.inputs))
-            self.folder.log(f"latency predicted {plan.costs['latency_ms'].predicted:.4g} ms, measured {measured:.4g} ms")
-            if measured <= asked:
-                break
-            limit *= 0.99 * asked / measured
-            tighter = tuple(Budget("latency_ms", limit=limit) if b.cost == "latency_ms" else b for b in aims)
-            plan = self.strategy.search(trace, scores, costs, tighter)
-        return plan
+    def _limit_ms(self, budget: Budget, cost: CostModel) -> float:
+        """A fraction of the unpruned latency: of the measured one where that is less than the predicted one."""
+        measured = self.metrics["base"].get("latency_ms_measured")
+        limit = budget.absolute(cost)
+        return min(limit, budget.fraction * measured) if budget.fraction is not None and measured else limit
 
     def cut(self, model: nn.Module, trace: NetworkTrace, plan: PruningPlan) -> nn.Module:
+        def on_holdout(net: nn.Module) -> float:
+            return self.measure.accuracy(net, self.split.holdout)
+
         with self.stage("cut"):
-            pruned, verdicts = self.strategy.carve(model, self.split.scoring, trace, plan, self.holdout_accuracy)
-        self.tell("cut and repaired, holdout accuracy: " + ", ".join(f"{n} {v:.2%}" for n, v in verdicts.items()))
+            pruned, verdicts = self.strategy.carve(model, self.split.scoring, trace, plan, on_holdout)
+            self.metrics["pruned"] = self.measure.pruned(pruned, plan)
+        self.tell("repaired, holdout accuracy: " + ", ".join(f"{n} {v:.2%}" for n, v in verdicts.items()))
+        self.tell(f"pruned: accuracy {self.final['accuracy']:.2%} before any training")
         return pruned
 
-    def recover(self, pruned: nn.Module, teacher: nn.Module) -> nn.Module:
-        assert self.recovery is not None
-        forward, augment = self.strategy.forward, self.augment
-
-        def varied(net: nn.Module, batch: Any) -> Any:
-            return forward(net, batch)
-
-        loader = _Augmented(self.split.training, augment) if augment is not None else self.split.training
+    def recover(self, pruned: nn.Module, teacher: nn.Module, plan: PruningPlan, settings: FineTuning) -> nn.Module:
+        loader = self.split.training if self.augment is None else _Augmented(self.split.training, self.augment)
         with self.stage("recover"):
-            return train(pruned, loader, self.recovery, teacher=teacher, seed=self.seed, forward=varied,
-                         get_labels=self.strategy.get_labels, checkpoint=self.folder.stage("training.safetensors"),
-                         on_epoch=self._epoch).eval()  # fmt: skip
+            train(pruned, loader, settings, teacher=teacher, seed=self.seed, forward=self.strategy.forward,
+                  get_labels=self.strategy.get_labels, checkpoint=self.folder.stage("training.safetensors"),
+                  on_epoch=self._epoch).eval()  # fmt: skip
+            self.metrics["recovered"] = self.measure.pruned(pruned, plan)
+        self.tell(f"recovered: accuracy {self.final['accuracy']:.2%}")
+        return pruned
 
     def _epoch(self, report: EpochReport) -> None:
         self.tell(f"epoch {report.epoch} of {report.epochs}: loss {report.loss:.3f}")
 
-    def quantize(self, pruned: nn.Module, teacher: nn.Module, plan: PruningPlan, metrics: dict[str, Any]) -> Any:
-        if self.bits is None:
-            return None
+    def export(self, pruned: nn.Module, plan: PruningPlan) -> None:
+        with self.stage("export"):
+            save_pruned(pruned, plan, self.folder.path)
+            self.final.update(self.measure.exported(pruned, self.folder.path / ONNX))
+
+    def quantize(self, pruned: nn.Module, teacher: nn.Module) -> Any:
         from .quantize import quantize_run
 
         with self.stage("quantize"):
-            result, figures = quantize_run(
-                pruned, self.split.scoring, self.inputs, self.bits, folder=self.folder.path, teacher=teacher,
-                judge=self.test if self.test is not None else self.split.holdout,
-            )  # fmt: skip
-        last = metrics.get("recovered", metrics["pruned"])
-        metrics["quantized"] = {**dict.fromkeys(last), "macs": last["macs"], "params": last["params"], **figures}
+            result, figures = quantize_run(pruned, self.split.scoring, self.measure.inputs, self.bits,
+                                           folder=self.folder.path, teacher=teacher, judge=self.measure.judge)  # fmt: skip
+        costs = {key: self.final[key] for key in ("macs", "params", "memory_mb")}
+        self.metrics["quantized"] = {**costs, **figures}
         self.tell(f"quantized: accuracy {figures['accuracy']:.2%}, {figures['size_mb']:.3f} MB")
         return result
 
-    def finish(self, metrics: dict[str, Any], pruned: nn.Module, plan: PruningPlan) -> None:
-        final = metrics.get("recovered", metrics["pruned"])
-        metrics["budgets"] = [self._verdict(budget, metrics["base"], plan, final) for budget in self.budgets]
-        metrics["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
-        metrics["data"] = {
-            "chose": f"{self.split.sizes[0]} training images",
-            "judged": "test data, read once" if self.test is not None else f"holdout of {self.split.sizes[1]} images",
-        }
-        metrics["latency_table"] = table_info(self.table) if self.table is not None else None
-        metrics["versions"] = versions()
-        metrics["seed"] = self.seed
-        self.folder.write_json(METRICS, _finite(metrics))
+    def finish(self, plan: PruningPlan) -> None:
+        table = self.measure.table
+        self.metrics.update(
+            budgets=[verdict(budget, self.metrics["base"], plan, self.final) for budget in self.budgets],
+            seconds={name: round(value, 3) for name, value in self.seconds.items()},
+            data={"chose": f"{self.split.sizes[0]} training images",
+                  "judged": "test data, read once" if self.tested else f"holdout of {self.split.sizes[1]} images"},
+            latency_table=None if table is None else table_info(table), versions=versions(), seed=self.seed,
+        )  # fmt: skip
+        self.folder.write_json(METRICS, finite(self.metrics))
         write_report(self.folder.path)
         self.folder.finish()
         self.tell(f"report: {self.folder.path / REPORT}")
-
-    def _verdict(
-        self, budget: Budget, base: dict[str, Any], plan: PruningPlan, final: dict[str, Any]
-    ) -> dict[str, Any]:
-        cost: PlannedCost = plan.costs[budget.cost]
-        asked = budget.limit if budget.limit is not None else float(budget.fraction or 0) * cost.base
-        if budget.fraction is not None and budget.cost == "latency_ms" and base.get("latency_ms_measured"):
-            # A fraction of the unpruned latency means of the measured one, where it was measured.
-            asked = min(asked, budget.fraction * base["latency_ms_measured"])
-        key = "latency_ms_measured" if budget.cost == "latency_ms" else budget.cost
-        measured = final.get(key)
-        met = (measured if measured is not None else cost.predicted) <= asked * (1 + 1e-9)
-        return {"cost": budget.cost, "asked": asked, "predicted": cost.predicted, "measured": measured, "met": met}
-
-    # ------------------------------------------------------------------------------------------- figures
-
-    def holdout_accuracy(self, model: nn.Module) -> float:
-        return accuracy(model, self.split.holdout, get_labels=self.strategy.get_labels, forward=self.strategy.forward)
-
-    def accuracy(self, model: nn.Module) -> float:
-        judge = self.test if self.test is not None else self.split.holdout
-        return accuracy(model, judge, get_labels=self.strategy.get_labels, forward=self.strategy.forward)
-
-    def figures(self, model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
-        """Accuracy and costs of a cut network; MACs, parameters and memory counted on the network itself."""
-        trace = trace_network(model, self.inputs, verify=False)
-        counted = {c.name: c.base for c in (macs(trace), params(trace), PeakActivationMemory(trace))}
-        latency = plan.costs.get("latency_ms")
-        return {"accuracy": self.accuracy(model), **counted,
-                "latency_ms_predicted": latency.predicted if latency else None,
-                "latency_ms_measured": None, "size_mb": None}  # fmt: skip
-
-    def export(self, model: nn.Module, path: str | Path) -> dict[str, Any]:
-        from .export import export_onnx
-
-        check = export_onnx(model, self.inputs, self.folder.path / path)
-        return {"size_mb": check.size_mb, "latency_ms_measured": self._time_file(check.path),
-                "onnx_max_abs_difference": check.max_abs_difference}  # fmt: skip
-
-    def _time(self, model: nn.Module) -> float:
-        from .export import export_onnx
-
-        with tempfile.TemporaryDirectory() as scratch:
-            return self._time_file(export_onnx(model, self.inputs, Path(scratch) / ONNX).path) or 0.0
-
-    def _time_file(self, path: Path) -> float | None:
-        """Milliseconds on this machine; None where the table is another device's."""
-        if self.table is not None and not self._local:
-            return None
-        from .latency import measure_onnx
-
-        return measure_onnx(path, threads=self.table.setting.threads if self.table is not None else 1).latency_ms
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -420,21 +344,6 @@ def _warnings_logged(folder: RunFolder) -> Iterator[None]:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _metric_name(cost: CostModel) -> str:
-    return "latency_ms_predicted" if cost.name == "latency_ms" else cost.name
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _config(
     model: nn.Module, budgets: Sequence[Budget], table: LatencyTable | None, recovery: FineTuning | None, bits: Any,
     strategy: OneShot, holdout: float, seed: int, tested: bool,
@@ -457,13 +366,4 @@ def _config(
     }  # fmt: skip
 
 
-def _finite(data: Any) -> Any:
-    """JSON has no NaN: a figure that is not finite becomes null."""
-    if isinstance(data, dict):
-        return {k: _finite(v) for k, v in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(v) for v in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-__all__ = ["CompressionResult", "apply_plan", "compress", "load_weights", "read_weights", "WEIGHTS_FILE"]
+__all__ = ["CompressionResult", "compress"]

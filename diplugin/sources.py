@@ -84,7 +84,7 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
         path, label = self._files[index]
         try:
             with Image.open(path) as file:
-                pixels = np.asarray(file.convert("RGB").resize(self._size[::-1], Image.Resampling.BILINEAR))
+                pixels = np.asarray(file.convert("RGB").resize((self._size[1], self._size[0]), Image.Resampling.BILINEAR))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise DataError(f"expected an image at {path}, got {first_line(error)}") from error
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in _IMAGENET)
@@ -148,10 +148,7 @@ def load_model(spec: str, weights: str | Path | None = None) -> nn.Module:
     kind, colon, name = spec.partition(":")
     if not colon or not name:
         raise ModelError(f"expected a model as package.module:callable, torchvision:NAME or timm:NAME, got {spec!r}")
-    if kind in ("torchvision", "timm"):
-        model = _zoo_model(kind, name)
-    else:
-        model = _call(spec, ModelError)
+    model = _zoo_model(kind, name) if kind in ("torchvision", "timm") else _call(spec, ModelError)
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected {spec} to return a torch.nn.Module, got {type(model).__name__}")
     if weights is not None:
@@ -163,7 +160,8 @@ def _zoo_model(kind: str, name: str) -> Any:
     try:
         zoo = importlib.import_module("torchvision.models" if kind == "torchvision" else "timm")
     except (ImportError, RuntimeError) as error:
-        raise MissingExtraError(f"expected {kind} to be installed for {kind}:{name}, got {first_line(error)}") from error
+        reason = first_line(error)
+        raise MissingExtraError(f"expected {kind} to be installed for {kind}:{name}, got {reason}") from error
     try:
         return zoo.get_model(name, weights=None) if kind == "torchvision" else zoo.create_model(name)
     except Exception as error:
@@ -198,7 +196,7 @@ def _digits(batch_size: int) -> DataSource:
     """scikit-learn's 1,797 digits as 24 x 24 images, every fifth one for testing."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     small = torch.from_numpy(digits.images)[:, None].float()
     images = torch.nn.functional.interpolate(small, size=(24, 24), mode="bilinear", align_corners=False)
     x = (images * (255 / 16)).round().clamp(0, 255).to(torch.uint8).numpy()
@@ -226,7 +224,8 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
         with np.load(path, allow_pickle=False) as file:
             x, y = file["x"], file["y"]
     except Exception as error:
-        raise DataError(f"expected arrays x and y in {path}, got {type(error).__name__}: {first_line(error)}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"expected arrays x and y in {path}, got {reason}") from error
     if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != np.uint8 or y.shape != (len(x),) or not len(x):
         raise DataError(f"expected x uint8 [N,H,W,3] and y [N] in {path}, got {x.dtype} {x.shape} and {y.shape}")
     return x.transpose(0, 3, 1, 2), y

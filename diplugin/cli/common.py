@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from ..sources import DataSource, load_data, load_model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..sources import DataSource
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +57,10 @@ def example_shape(text: str) -> tuple[int, ...]:
 
 def model_of(args: argparse.Namespace) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """The model that the arguments name, in eval mode, and example inputs for it."""
+    import torch
+
+    from ..sources import load_model
+
     shape = example_shape(args.example_shape)
     model = load_model(args.model, args.weights).eval()
     return model, (torch.randn(shape, generator=torch.Generator().manual_seed(0)),)
@@ -62,6 +68,8 @@ def model_of(args: argparse.Namespace) -> tuple[nn.Module, tuple[torch.Tensor, .
 
 def data_of(args: argparse.Namespace) -> DataSource:
     """The data that the arguments name."""
+    from ..sources import load_data
+
     return load_data(args.data, example_shape=example_shape(args.example_shape), batch_size=args.batch_size)
 
 

@@ -1,0 +1,129 @@
+"""What a run measures: accuracy, costs counted on the network itself, the ONNX file's size and time, and verdicts.
+
+Predictions come from a plan; everything here is looked up on the network that came out, so that the two can stand
+side by side in `metrics.json` and the report.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .accuracy import accuracy
+from .costs import Budget, CostModel, PeakActivationMemory, macs, params
+from .features import Forward, GetLabels
+from .network import trace_network
+from .plan import PruningPlan
+from .tables import LatencyTable
+
+_PACKAGES = ("diplugin", "torch", "torch-pruning", "onnx", "onnxruntime", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How the networks of one run are measured.
+
+    Attributes:
+        judge: batches that accuracy is reported on.
+        inputs: example inputs at batch 1.
+        table: of the target device; where it is another device's, nothing is timed here.
+    """
+
+    judge: Iterable[Any]
+    inputs: tuple[Any, ...]
+    table: LatencyTable | None
+    get_labels: GetLabels
+    forward: Forward
+
+    def base(self, model: nn.Module, costs: Sequence[CostModel]) -> dict[str, Any]:
+        """Figures of the unpruned network."""
+        figures: dict[str, Any] = {"accuracy": self.accuracy(model)}
+        figures.update({"latency_ms_predicted" if c.name == "latency_ms" else c.name: c.base for c in costs})
+        with tempfile.TemporaryDirectory() as scratch:
+            return {**figures, **self.exported(model, Path(scratch) / "model.onnx")}
+
+    def pruned(self, model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
+        """Figures of a cut network; MACs, parameters and memory counted on the network itself."""
+        trace = trace_network(model, self.inputs, verify=False)
+        counted = {c.name: c.base for c in (macs(trace), params(trace), PeakActivationMemory(trace))}
+        latency = plan.costs.get("latency_ms")
+        return {"accuracy": self.accuracy(model), **counted,
+                "latency_ms_predicted": latency.predicted if latency else None,
+                "latency_ms_measured": None, "size_mb": None}  # fmt: skip
+
+    def accuracy(self, model: nn.Module, data: Iterable[Any] | None = None) -> float:
+        """Fraction right on the judge's data, or on other data of the same form."""
+        return accuracy(model, self.judge if data is None else data, get_labels=self.get_labels, forward=self.forward)
+
+    def exported(self, model: nn.Module, path: Path) -> dict[str, Any]:
+        """Write the ONNX file; its size, its time on this machine, and how near it comes to torch."""
+        from .export import export_onnx
+
+        check = export_onnx(model, self.inputs, path)
+        return {"size_mb": check.size_mb, "latency_ms_measured": self._time(check.path),
+                "onnx_max_abs_difference": check.max_abs_difference}  # fmt: skip
+
+    def milliseconds(self, model: nn.Module) -> float | None:
+        """The network's time as ONNX on this machine; None where the table is another device's."""
+        from .export import export_onnx
+
+        with tempfile.TemporaryDirectory() as scratch:
+            return self._time(export_onnx(model, self.inputs, Path(scratch) / "model.onnx").path)
+
+    @property
+    def local(self) -> bool:
+        """Whether the table was measured on this very machine."""
+        if self.table is None or self.table.origin != "measured":
+            return False
+        from .latency.local import is_this_machine
+
+        return is_this_machine(self.table)
+
+    def _time(self, path: Path) -> float | None:
+        if self.table is not None and not self.local:
+            return None
+        from .latency import measure_onnx
+
+        return measure_onnx(path, threads=self.table.setting.threads if self.table is not None else 1).latency_ms
+
+
+def verdict(budget: Budget, base: Mapping[str, Any], plan: PruningPlan, final: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of `metrics["budgets"]`: asked, predicted, measured, and whether it is met as measured.
+
+    A fraction of the latency means of the measured latency where that is less than the predicted one.
+    """
+    cost = plan.costs[budget.cost]
+    asked = budget.limit if budget.limit is not None else float(budget.fraction or 0) * cost.base
+    if budget.fraction is not None and budget.cost == "latency_ms" and base.get("latency_ms_measured"):
+        asked = min(asked, budget.fraction * base["latency_ms_measured"])
+    measured = final.get("latency_ms_measured" if budget.cost == "latency_ms" else budget.cost)
+    met = (measured if measured is not None else cost.predicted) <= asked * (1 + 1e-9)
+    return {"cost": budget.cost, "asked": asked, "predicted": cost.predicted, "measured": measured, "met": met}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def finite(data: Any) -> Any:
+    """JSON has no NaN: a figure that is not finite becomes null."""
+    if isinstance(data, dict):
+        return {k: finite(v) for k, v in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [finite(v) for v in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
