@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,7 @@ class _Batches:
         self._data, self._images, self._size, self._shuffle = data, images, size, shuffle
 
     def __len__(self) -> int:
-        return -(-self._images // self._size)
+        return math.ceil(self._images / self._size)
 
     def __iter__(self) -> Any:
         order = torch.randperm(self._images) if self._shuffle else torch.arange(self._images)

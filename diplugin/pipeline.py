@@ -116,7 +116,8 @@ def compress(
         UserError: input that cannot be used; the message says what was expected.
         InfeasibleBudget: no structure within reach meets the budgets.
     """
-    strategy = OneShot(rho, tap or AfterActivation(), limits or SearchLimits(), tuple(repairs), images, get_labels, forward)
+    strategy = OneShot(rho, tap or AfterActivation(), limits or SearchLimits(), tuple(repairs), images, get_labels,
+                       forward)  # fmt: skip
     config = _config(model, budgets, latency_table, recovery, bits, strategy, holdout, seed, test_loader is not None)
     if not budgets:
         raise BudgetError("expected a budget such as macs=0.5, got none")
@@ -276,8 +277,10 @@ class _Run:
         from .quantize import quantize_run
 
         with self.stage("quantize"):
-            result, figures = quantize_run(pruned, self.split.scoring, self.measure.inputs, self.bits,
-                                           folder=self.folder.path, teacher=teacher, judge=self.measure.judge)  # fmt: skip
+            result, figures = quantize_run(
+                pruned, self.split.scoring, self.measure.inputs, self.bits,
+                folder=self.folder.path, teacher=teacher, judge=self.measure.judge,
+            )  # fmt: skip
         costs = {key: self.final[key] for key in ("macs", "params", "memory_mb")}
         self.metrics["quantized"] = {**costs, **figures}
         self.tell(f"quantized: accuracy {figures['accuracy']:.2%}, {figures['size_mb']:.3f} MB")
@@ -338,8 +341,8 @@ def _warnings_logged(folder: RunFolder) -> Iterator[None]:
             yield
         finally:
             for warning in caught:
-                if folder.path.exists():
-                    folder.log(f"warning: {first_line(warning.message) if isinstance(warning.message, Warning) else ''}")
+                if folder.path.exists() and isinstance(warning.message, Warning):
+                    folder.log(f"warning: {first_line(warning.message)}")
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 

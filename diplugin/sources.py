@@ -84,7 +84,8 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
         path, label = self._files[index]
         try:
             with Image.open(path) as file:
-                pixels = np.asarray(file.convert("RGB").resize((self._size[1], self._size[0]), Image.Resampling.BILINEAR))
+                size = (self._size[1], self._size[0])
+                pixels = np.asarray(file.convert("RGB").resize(size, Image.Resampling.BILINEAR))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise DataError(f"expected an image at {path}, got {first_line(error)}") from error
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in _IMAGENET)
@@ -101,7 +102,8 @@ def flip_and_shift(x: Tensor, pad: int = 4) -> Tensor:
     top, left = torch.randint(0, 2 * pad + 1, (2, images))
     rows = (top[:, None] + torch.arange(height))[:, None, :, None]
     columns = (left[:, None] + torch.arange(width))[:, None, None, :]
-    return padded[torch.arange(images)[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None], rows, columns]
+    image, channel = torch.arange(images)[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None]
+    return padded[image, channel, rows, columns]
 
 
 def load_data(spec: str, *, example_shape: Sequence[int] | None = None, batch_size: int = 128) -> DataSource:

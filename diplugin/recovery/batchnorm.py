@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ..errors import DataError
 from ..features import Forward, chunks, device_of, forward_inputs, to_device
@@ -45,7 +46,7 @@ def recalibrate_batchnorm(
     modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     before = {norm: {k: v.clone() for k, v in norm.state_dict().items()} for norm in norms}
-    seen = 0
+    seen, done = 0, False
     try:
         model.eval()
         for norm in norms:
@@ -61,18 +62,19 @@ def recalibrate_batchnorm(
                 seen += count
                 if seen >= images:
                     break
+        done = seen > 0
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-            if not seen:
+            # Also where a norm never ran: no statistics are better than none of its own.
+            if not done or not int(norm.num_batches_tracked or 0):
                 norm.load_state_dict(before[norm])
         for module, training in modes.items():
             module.training = training
-    if not seen:
+    if not done:
         raise DataError("expected batches of two images or more to recalibrate BatchNorm, got none")
     return model
 
 
 def _images_in(batch: Any) -> int:
-    leaves = torch.utils._pytree.tree_leaves(batch)
-    return next((len(x) for x in leaves if isinstance(x, torch.Tensor) and x.ndim), 0)
+    return next((len(x) for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor) and x.ndim), 0)

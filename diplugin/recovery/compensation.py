@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..errors import DataError
 from ..features import Forward, chunks, device_of, forward_inputs, to_device
@@ -126,7 +128,11 @@ def _input_moments(
 
     def watch(name: str, module: nn.Module) -> None:
         channel_dim = -1 if isinstance(module, nn.Linear) else 1
-        handles.append(module.register_forward_pre_hook(lambda _, args: moments[name].add(args[0], channel_dim)))
+
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            moments[name].add(next(iter((*args, *kwargs.values()))), channel_dim)
+
+        handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
 
     try:
         for reader in readers:
@@ -136,7 +142,7 @@ def _input_moments(
         with torch.no_grad():
             for batch in chunks(loader) if readers else ():
                 forward(model, to_device(batch, device_of(model)))
-                seen += next(len(x) for x in torch.utils._pytree.tree_leaves(batch) if isinstance(x, Tensor))
+                seen += next(len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
                 if seen >= images:
                     break
     finally:
@@ -154,7 +160,7 @@ def _input_moments(
 def _followed_by_norm(trace: NetworkTrace) -> set[str]:
     """Layers whose output a BatchNorm of the same group normalises: the call right behind them."""
     calls = trace.layers
-    return {a.name for a, b in zip(calls, calls[1:], strict=False)
+    return {a.name for a, b in pairwise(calls)
             if a.op != "norm" and b.op == "norm" and b.input_shape == a.output_shape}  # fmt: skip
 
 

@@ -267,7 +267,7 @@ class _Fit:
 
 
 def _windows(x: Tensor, positions: Tensor, conv: Any) -> Tensor:
-    """[N·P, C, K]: the windows of a convolution around flat output positions [N, P], in one, two or three dimensions."""
+    """[N·P, C, K]: the windows of a convolution around flat output positions [N, P], in one to three dimensions."""
     dims = len(conv.kernel_size)
     padding = _padding(conv)
     padded = F.pad(x, [p for pair in reversed(padding) for p in pair])

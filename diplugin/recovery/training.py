@@ -99,17 +99,18 @@ def train(
     optimizer = torch.optim.SGD(_groups(model, settings.weight_decay), lr=settings.lr, momentum=settings.momentum,
                                 nesterov=True)  # fmt: skip
     total = settings.epochs * steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, total, settings.warm_up))
-    start = _load_state(checkpoint, model, optimizer, schedule, steps)
+    start = _load_state(checkpoint, model, optimizer)
     modes = {module: module.training for module in model.modules()}
     guide = teacher if settings.teacher_weight else None
     try:
         for epoch in range(start, settings.epochs):
             torch.manual_seed(seed * 100_003 + epoch)
             model.train()
-            losses = [
-                _step(model, batch, optimizer, schedule, settings, guide, get_labels, forward) for batch in loader
-            ]
+            losses = []
+            for step, batch in enumerate(loader, epoch * steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.lr * _lr_factor(step, total, settings.warm_up)
+                losses.append(_step(model, batch, optimizer, settings, guide, get_labels, forward))
             loss = sum(losses) / max(1, len(losses))
             if not math.isfinite(loss):
                 raise DataError(f"training diverged in epoch {epoch + 1} (loss {loss}); lower the learning rate")
@@ -149,7 +150,7 @@ def _lr_factor(step: int, total: int, warm_up: float) -> float:
 
 
 def _step(
-    model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer, schedule: Any, settings: FineTuning,
+    model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer, settings: FineTuning,
     teacher: nn.Module | None, get_labels: GetLabels, forward: Forward,
 ) -> float:  # fmt: skip
     batch = to_device(batch, device_of(model))
@@ -166,7 +167,6 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    schedule.step()
     return float(loss.detach())
 
 
@@ -189,9 +189,7 @@ def _save_state(path: Path | None, model: nn.Module, optimizer: torch.optim.Opti
     partial.replace(path)
 
 
-def _load_state(
-    path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, steps: int
-) -> int:
+def _load_state(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """The epoch to go on with."""
     if path is None or not path.exists():
         return 0
@@ -204,6 +202,4 @@ def _load_state(
     for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         if f"momentum.{i}" in state:
             optimizer.state[parameter]["momentum_buffer"] = state[f"momentum.{i}"].to(parameter)
-    for _ in range(epoch * steps):
-        schedule.step()
     return epoch
