@@ -1,0 +1,178 @@
+"""What the accuracy benchmarks share: the networks, CIFAR-10 and its split, one recipe of recovery, rows and targets.
+
+The test split is read by `Data.judge` alone, at the end of a row. What is chosen is chosen on `Data.holdout`,
+the last 5,000 training images, which nobody calibrates or trains on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diplugin.sources import flip_and_shift
+from examples import cifar_resnet
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HOLDOUT = 5_000
+CHUNK = 250
+Row = dict[str, Any]
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def network(name: str, weights: Path) -> nn.Module:
+    """`resnet20` or `resnet56` with its CIFAR-10 weights, in eval mode."""
+    model = getattr(cifar_resnet, name)()
+    model.load_state_dict(load_file(weights / f"cifar10_{name}.safetensors"))
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Data:
+    """CIFAR-10 as uint8 [N, 3, 32, 32], in one fixed, mixed order, less the holdout."""
+
+    train: tuple[Tensor, Tensor]
+    held: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+    @classmethod
+    def read(cls, folder: Path, seed: int = 0) -> Data:
+        """`train.npz` and `test.npz` with x [N, 32, 32, 3] and y [N]."""
+        x, y = _npz(folder / "train.npz")
+        order = torch.randperm(len(x) - HOLDOUT, generator=torch.Generator().manual_seed(seed))
+        return cls((x[order], y[order]), (x[-HOLDOUT:], y[-HOLDOUT:]), _npz(folder / "test.npz"))
+
+    def calibration(self, images: int) -> Batches:
+        """Training images for scores, recalibration and repairs."""
+        return _batches(*self.train, 0, images)
+
+    def holdout(self, images: int = HOLDOUT) -> Batches:
+        """Training images that choices are made by."""
+        return _batches(*self.held, 0, images)
+
+    def judge(self, images: int | None = None) -> Batches:
+        """Test images."""
+        return _batches(*self.test, 0, images or len(self.test[1]))
+
+    def training(self, first: int, images: int) -> tuple[Tensor, Tensor]:
+        """Normalised images [N, 3, 32, 32] and labels to train on; give a `first` behind the calibration images."""
+        x, y = (t[first : first + images] for t in self.train)
+        return normalised(x), y
+
+
+def _npz(path: Path) -> tuple[Tensor, Tensor]:
+    with np.load(path) as data:
+        return torch.from_numpy(data["x"]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(data["y"])
+
+
+def normalised(x: Tensor) -> Tensor:
+    """ImageNet's mean and deviation, which these weights were trained with."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return (x.float() / 255 - mean) / std
+
+
+def _batches(x: Tensor, y: Tensor, first: int, count: int) -> Batches:
+    return [(normalised(x[i : min(i + CHUNK, first + count)]), y[i : min(i + CHUNK, first + count)])
+            for i in range(first, first + count, CHUNK)]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Fine-tuning, the same for every contender: SGD with momentum, flips and shifts, the last epoch's weights.
+
+    Attributes:
+        milestones: epochs after which the learning rate falls tenfold; empty for a cosine to zero.
+    """
+
+    epochs: int = 10
+    images: int = 20_000
+    lr: float = 0.02
+    batch: int = 128
+    weight_decay: float = 5e-4
+    milestones: tuple[int, ...] = ()
+
+    def rate(self, step: int, steps: int) -> float:
+        if self.milestones:
+            epoch = step * self.epochs // steps
+            return self.lr * 0.1 ** sum(epoch >= m for m in self.milestones)
+        return self.lr * 0.5 * (1 + float(np.cos(np.pi * step / steps)))
+
+    def train(self, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> nn.Module:
+        """Train in place on images that lie where the model does; returns it in eval mode."""
+        torch.manual_seed(seed)
+        optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay)
+        per_epoch = len(x) // self.batch
+        model.train()
+        for epoch in range(self.epochs):
+            order = torch.randperm(len(x))
+            for i in range(per_epoch):
+                ids = order[i * self.batch : (i + 1) * self.batch]
+                for group in optimizer.param_groups:
+                    group["lr"] = self.rate(epoch * per_epoch + i, self.epochs * per_epoch)
+                loss = F.cross_entropy(model(flip_and_shift(x[ids])), y[ids])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+        return model.eval()
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of this kind takes."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of train.npz and test.npz of CIFAR-10")
+    parser.add_argument("--weights", type=Path, required=True, help="folder of the networks' safetensors")
+    parser.add_argument("--json", type=Path, help="where rows and targets are written; rows found there are kept")
+    parser.add_argument("--quick", action="store_true", help="a minute's version")
+    parser.add_argument("--only", help="contenders whose names contain one of these words, separated by commas")
+    return parser
+
+
+class Notebook:
+    """Rows of a benchmark, written after each one and taken up again where the file exists."""
+
+    def __init__(self, path: Path | None, keys: Sequence[str]) -> None:
+        self._path, self._keys = path, tuple(keys)
+        self.rows: list[Row] = json.loads(path.read_text())["rows"] if path is not None and path.exists() else []
+
+    def has(self, **key: Any) -> bool:
+        return any(all(row.get(k) == key[k] for k in self._keys) for row in self.rows)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self.write([])
+
+    def write(self, targets: Sequence[Row]) -> None:
+        if self._path is not None:
+            self._path.write_text(json.dumps({"rows": self.rows, "targets": list(targets)}, indent=1), encoding="utf-8")
+
+
+def chosen(names: Sequence[Any], only: str | None) -> Iterator[Any]:
+    """Contenders whose names contain one of the words."""
+    words = [word.strip().lower() for word in (only or "").split(",")]
+    return (c for c in names if any(word in c.name.lower() for word in words))
+
+
+def at_least(name: str, bound: float, value: float | None) -> Row:
+    """One target; not met where nothing was measured."""
+    return {"name": name, "target": f">= {bound:g}", "value": value, "met": value is not None and value >= bound}
+
+
+def print_targets(targets: Sequence[Row]) -> None:
+    for target in targets:
+        value = "not measured" if target["value"] is None else f"{target['value']:.2f}"
+        print(f"{'met   ' if target['met'] else 'MISSED'}  {target['name']}: {value} (target {target['target']})")
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return work(), time.perf_counter() - start
