@@ -264,6 +264,22 @@ def test_the_cross_check_with_scikit_learn_is_shown_layer_by_layer(tmp_path: Pat
     assert first[0] < last[0] and first[1] > last[1]
 
 
+def test_a_quantized_network_does_not_borrow_the_float_ones_latency(tmp_path: Path) -> None:
+    quantized = metrics()
+    quantized["quantized"] = {
+        "accuracy": 0.93, "macs": 500, "params": 1500, "size_mb": 0.002, "latency_ms_predicted": None,
+        "latency_ms_measured": None, "mean_bits": 4.25, "size_mb_predicted": 0.0021, "kept_float": {"head": "is odd"},
+    }  # fmt: skip
+    folder = make(tmp_path / "run", metrics=quantized)
+    run, text = read_run(folder), page_of(folder).text
+    assert run.last("latency_ms_measured") is None and run.last("latency_ms_measured", quantized=False) == 1.25
+    assert "The quantized network keeps 50 % of the multiply-accumulates and 38 % of the parameters." in text
+    assert "1.25 ms from 1.90 ms −34.2 %, measured before quantization" in text
+    assert "Latency, measured 1.90 ms – 1.25 ms – –" in text
+    assert "Bits per weight, mean – – – 4.25 bits" in text
+    assert "File size, MB" in text  # the axis of accuracy against cost: the one cost that every stage has
+
+
 def test_an_accuracy_that_stays_is_said_to_stay(tmp_path: Path) -> None:
     same = metrics()
     same["recovered"]["accuracy"] = same["base"]["accuracy"] + 1e-6

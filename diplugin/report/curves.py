@@ -106,20 +106,20 @@ def calibration_points(table: Mapping[str, object] | None) -> list[tuple[float, 
 
 def journey(run: Run) -> Drawing | None:
     """Accuracy of every stage against its cost: down to the budget, then back up in recovery."""
-    cost = next((c for c in ("latency_ms_measured", "latency_ms_predicted", "macs")
-                 if run.base.get(c) is not None and run.last(c) is not None), None)  # fmt: skip
+    costs = ("latency_ms_measured", "latency_ms_predicted", "size_mb", "macs")
+    cost = next((c for c in costs if run.base.get(c) is not None and run.last(c) is not None), None)
     if cost is None:
         return None
     # Recovery changes weights, not structure: the recovered network's cost is the pruned one's too.
-    points = [(s.name, s.get(cost) if s.get(cost) is not None else run.last(cost), s.get("accuracy"))
-              for s in run.stages]  # fmt: skip
+    shared = run.last(cost, quantized=False)
+    points = [(s.name, s.get(cost) if s.get(cost) is not None else shared, s.get("accuracy")) for s in run.stages]
     known = [(n, c, a) for n, c, a in points if c is not None and a is not None]
     if len(known) < 2:
         return None
     height, left, bottom, top = 220, 58, 44, 24
     drawing = Drawing(WIDTH, height, "Accuracy against cost, stage by stage")
-    costs, rates = [c for _, c, _ in known], [a for _, _, a in known]
-    x = Axis(0, max(costs) * 1.12, left, WIDTH - 10)
+    amounts, rates = [c for _, c, _ in known], [a for _, _, a in known]
+    x = Axis(0, max(amounts) * 1.12, left, WIDTH - 10)
     pad = max(0.005, 0.25 * (max(rates) - min(rates)))
     y = Axis(max(0.0, min(rates) - pad), min(1.0, max(rates) + pad), height - bottom, top)
     for mark, words in _marks(100 * y.low, 100 * y.high, 4):

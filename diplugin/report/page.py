@@ -127,21 +127,21 @@ def headline(run: Run) -> str:
 
 def tiles(run: Run) -> list[Tile]:
     """The figures at the top of the page; measured latency gives way to the predicted one where it is missing."""
-    keys = [k if k != "latency_ms_measured" or run.last(k) is not None else "latency_ms_predicted" for k in _TILES]
     made = []
-    for key in keys:
+    for key in _TILES:
+        if key.startswith("latency") and run.last(key, quantized=False) is None:
+            key = "latency_ms_predicted"
         before, after = run.base.get(key), run.last(key)
+        basis = {"latency_ms_measured": ", measured", "latency_ms_predicted": ", predicted"}.get(key, "")
+        if after is None:
+            after, basis = run.last(key, quantized=False), f"{basis} before quantization"
         if after is None:
             continue
-        share = after / before if before and not quantity(key).share else after if quantity(key).share else None
         name = "Latency" if key.startswith("latency") else quantity(key).name
-        made.append(Tile(name, value(key, after), value(key, before), f"{change(key, before, after)}{_basis(key)}",
+        share = after if quantity(key).share else after / before if before else None
+        made.append(Tile(name, value(key, after), value(key, before), f"{change(key, before, after)}{basis}",
                          None if share is None else min(1.0, max(0.0, share))))  # fmt: skip
     return made
-
-
-def _basis(key: str) -> str:
-    return {"latency_ms_measured": ", measured", "latency_ms_predicted": ", predicted"}.get(key, "")
 
 
 def stage_rows(run: Run) -> list[dict[str, Any]]:

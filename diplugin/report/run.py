@@ -1,6 +1,6 @@
 """A run folder as plain data, checked once: what the page and the pictures are made from.
 
-`config.json`, `plan.json` and `metrics.json` make a whole run; `scores.json`, `validate.json`, `quantization.json` are
+`config.json`, `plan.json` and `metrics.json` make a whole run; `scores.json`, `validate.json`, `bits.json` are
 shown when they are there. A figure that a run did not take is None. Whatever is broken is one `PlanError`.
 """
 
@@ -18,7 +18,7 @@ from ..run_folder import CONFIG, METRICS, SCORES, read_json
 from ..surgery import PLAN_FILE
 
 STAGES = ("base", "pruned", "recovered", "quantized")
-VALIDATION, QUANTIZATION = "validate.json", "quantization.json"
+VALIDATION, BITS = "validate.json", "bits.json"
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Run:
 
     Attributes:
         table: what the latency table says of itself (`table_info`), None if the run had none.
+        bits: bit widths per layer and channel, as `quantize` records them.
         data, versions, config: as recorded, for the page's last section.
     """
 
@@ -81,7 +82,7 @@ class Run:
     scores: Scores | None
     table: Mapping[str, Any] | None
     validation: Mapping[str, Any] | None
-    quantization: Mapping[str, Any] | None
+    bits: Mapping[str, Any] | None
 
     @property
     def base(self) -> Stage:
@@ -91,9 +92,17 @@ class Run:
     def final(self) -> Stage:
         return self.stages[-1]
 
-    def last(self, key: str) -> float | None:
-        """The figure of the last stage after the unpruned one that has it: sizes do not change in recovery."""
-        return next((s.get(key) for s in reversed(self.stages[1:]) if s.get(key) is not None), None)
+    def last(self, key: str, quantized: bool = True) -> float | None:
+        """What the run ended with, None if that was not taken.
+
+        Recovery changes no structure, so a pruned and a recovered network share what either lacks; quantization
+        changes everything, so a quantized network's figures are its own. `quantized=False` asks for the network
+        that was quantized.
+        """
+        if quantized and self.final.name == "quantized":
+            return self.final.get(key)
+        cut = [s for s in self.stages if s.name in ("pruned", "recovered")]
+        return next((s.get(key) for s in reversed(cut) if s.get(key) is not None), None)
 
 
 def read_run(folder: str | Path) -> Run:
@@ -132,7 +141,7 @@ def _run(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]) ->
         scores=_scores(folder / SCORES),
         table=_mapping(metrics.get("latency_table"), "latency_table") or None,
         validation=_optional(folder / VALIDATION),
-        quantization=_optional(folder / QUANTIZATION),
+        bits=_optional(folder / BITS),
     )
 
 
