@@ -25,11 +25,11 @@ _STEPS = 200
 
 @dataclass(frozen=True)
 class NNIPruner:
-    """One of `nni.compression.pruning`'s classes by name; `steps` batches are run forward and backward if not 0."""
+    """One of `nni.compression.pruning`'s classes by name; `gradients` of the calibration images if it reads them."""
 
     name: str
     pruner: str
-    steps: int = 0
+    gradients: bool = False
 
     def prune(self, case: Case, fractions: Sequence[float]) -> dict[float, nn.Module | None]:
         import diplugin_nni
@@ -44,7 +44,7 @@ class NNIPruner:
                 continue
             model = copy.deepcopy(case.model)
             config = [{"op_names": list(groups.values()), "sparse_ratio": ratio}]
-            more = {"evaluator": _evaluator(model, case), "training_steps": self.steps} if self.steps else {}
+            more = {"evaluator": _evaluator(model, case), "training_steps": len(case.images)} if self.gradients else {}
             _, masks = getattr(pruning, self.pruner)(model, config, **more).compress()
             small = diplugin_nni.speedup(copy.deepcopy(case.model), masks, case.inputs)
             images = sum(len(case.get_labels(batch)) for batch in case.images)
@@ -90,4 +90,4 @@ def _evaluator(model: nn.Module, case: Case) -> Any:
 def nni_contenders() -> list[NNIPruner]:
     """L1, FPGM and Taylor of NNI."""
     return [NNIPruner("NNI L1", "L1NormPruner"), NNIPruner("NNI FPGM", "FPGMPruner"),
-            NNIPruner("NNI Taylor", "TaylorPruner", steps=4)]  # fmt: skip
+            NNIPruner("NNI Taylor", "TaylorPruner", gradients=True)]  # fmt: skip
