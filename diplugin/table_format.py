@@ -218,7 +218,11 @@ _COLUMN_CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "cv": _number(0, 1e3), "unstable": _boolean, "name": _text(120), "measured_ms": _positive_ms, "sum_ms": _ms,
 }  # fmt: skip
 _SETTING_CHECKS: dict[str, Callable[[Any, str], Any]] = {
-    "runtime": _word, "version": _word, "provider": _word, "graph_optimization": _word, "threads": _integer(1, 4096),
+    "runtime": _word,
+    "version": _word,
+    "provider": _word,
+    "graph_optimization": _word,
+    "threads": _integer(1, 4096),
 }
 _CALIBRATION_CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "scale": _number(1e-3, 1e3), "offset_ms": _number(-MAX_MS, MAX_MS), "nets": _integer(2, 100_000),

@@ -187,16 +187,38 @@ def test_a_mutated_journal_reads_right_or_fails_in_one_line(seed: int, tmp_path:
 
 
 def sealed(**changes: Any) -> str:
-    row = {"id": "a", "n": 0, "cpu_ms": 1.0, "wall_ms": 1.0, "cv": 0.0, "ratio": 1.0, "runs": 1, "rounds": 1,
-           "attempts": 1, "sentinel_ms": 1.0, "peak_mb": 1.0, "unstable": False}  # fmt: skip
+    row = {
+        "id": "a",
+        "n": 0,
+        "cpu_ms": 1.0,
+        "wall_ms": 1.0,
+        "cv": 0.0,
+        "ratio": 1.0,
+        "runs": 1,
+        "rounds": 1,
+        "attempts": 1,
+        "sentinel_ms": 1.0,
+        "peak_mb": 1.0,
+        "unstable": False,
+    }
     return device.sealed({**row, **changes})
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"cpu_ms": -1.0}, {"cpu_ms": 1e9}, {"cv": "0"}, {"n": 1.5}, {"n": True}, {"unstable": 0}, {"id": 3}, {"more": 1},
-     {"wall_ms": None}, {"format": "other"}],
-)  # fmt: skip
+    [
+        {"cpu_ms": -1.0},
+        {"cpu_ms": 1e9},
+        {"cv": "0"},
+        {"n": 1.5},
+        {"n": True},
+        {"unstable": 0},
+        {"id": 3},
+        {"more": 1},
+        {"wall_ms": None},
+        {"format": "other"},
+    ],
+)
 def test_a_row_that_cannot_be_is_refused_though_its_checksum_fits(changes: dict[str, Any], tmp_path: Path) -> None:
     header = device.sealed({"format": device.JOURNAL_FORMAT, "schema": 1, "plan_sha256": "x", "provenance": {}})
     (tmp_path / "j").write_text(header + sealed(**changes))
@@ -314,8 +336,12 @@ def test_the_device_file_needs_nothing_of_ours_and_little_else() -> None:
 
 
 def test_trtexec_times_and_version() -> None:
-    recorded = json.dumps([{"startComputeMs": 1.0, "endComputeMs": 1.4, "computeMs": 0.4, "latencyMs": 0.5},
-                           {"startComputeMs": 2.0, "endComputeMs": 2.5, "computeMs": 0.5, "latencyMs": 0.6}])  # fmt: skip
+    recorded = json.dumps(
+        [
+            {"startComputeMs": 1.0, "endComputeMs": 1.4, "computeMs": 0.4, "latencyMs": 0.5},
+            {"startComputeMs": 2.0, "endComputeMs": 2.5, "computeMs": 0.5, "latencyMs": 0.6},
+        ]
+    )
     assert device.trtexec_times(recorded) == [0.4, 0.5]
     assert device.trtexec_version("&&&& RUNNING TensorRT.trtexec [TensorRT v8502] # trtexec --help") == "8.5.2"
     assert device.trtexec_version("[TensorRT v100300]") == "10.3.0"

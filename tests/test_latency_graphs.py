@@ -33,9 +33,18 @@ def run(graph: tuple[bytes, list[list[Any]]]) -> np.ndarray:
     "activation", ["", "relu", "relu6", "hardswish", "silu", "gelu", "sigmoid", "hardsigmoid", "leaky_relu", "tanh"]
 )
 def test_each_activation_runs_and_is_torchs(activation: str) -> None:
-    functions: dict[str, Any] = {"": nn.Identity(), "relu": nn.ReLU(), "relu6": nn.ReLU6(), "hardswish": nn.Hardswish(),
-                 "silu": nn.SiLU(), "gelu": nn.GELU(), "sigmoid": nn.Sigmoid(), "hardsigmoid": nn.Hardsigmoid(),
-                 "leaky_relu": nn.LeakyReLU(), "tanh": nn.Tanh()}  # fmt: skip
+    functions: dict[str, Any] = {
+        "": nn.Identity(),
+        "relu": nn.ReLU(),
+        "relu6": nn.ReLU6(),
+        "hardswish": nn.Hardswish(),
+        "silu": nn.SiLU(),
+        "gelu": nn.GELU(),
+        "sigmoid": nn.Sigmoid(),
+        "hardsigmoid": nn.Hardsigmoid(),
+        "leaky_relu": nn.LeakyReLU(),
+        "tanh": nn.Tanh(),
+    }
     plain, active = (run(operator_graph(conv(4, 8, 1, name))) for name in ("", activation))
     expected = functions[activation](torch.from_numpy(plain)).numpy()
     np.testing.assert_allclose(active, expected, atol=1e-6)
@@ -49,12 +58,18 @@ def test_an_unknown_activation_is_named() -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        conv(4, 8), conv(8, 8, 8), conv(8, 4, 2), OpKey("linear", 6, 5), OpKey("linear", 6, 5, size=(7,)),
+        conv(4, 8),
+        conv(8, 8, 8),
+        conv(8, 4, 2),
+        OpKey("linear", 6, 5),
+        OpKey("linear", 6, 5, size=(7,)),
         OpKey("conv_transpose", 4, 6, (2, 2), (2, 2), (0, 0), (1, 1), 1, (5, 4)),
-        OpKey("conv", 4, 6, (3,), (1,), (1,), (1,), 1, (10,)), conv(4, 8, dtype="int8"), conv(8, 8, 8, "relu", dtype="int8"),
+        OpKey("conv", 4, 6, (3,), (1,), (1,), (1,), 1, (10,)),
+        conv(4, 8, dtype="int8"),
+        conv(8, 8, 8, "relu", dtype="int8"),
         OpKey("linear", 6, 5, dtype="int8"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("dense", [False, True])
 def test_every_kind_of_operator_runs_and_has_the_keys_output_size(key: OpKey, dense: bool) -> None:
     output = run(operator_graph(key, dense=dense))
@@ -81,8 +96,16 @@ def test_edges_change_nothing_and_a_call_is_a_call() -> None:
 
 def test_a_net_loses_its_weights_and_keeps_its_structure() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(),
-                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))  # fmt: skip
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
     x = (torch.randn(1, 3, 12, 12),)
     net.train()
     full, (hollow, feeds) = export_bytes(net, x, ["input_0"]), net_graph(net, x)

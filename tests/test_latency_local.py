@@ -31,8 +31,17 @@ def net() -> nn.Module:
 def test_a_profile_of_this_machine_predicts_and_loads_again(tmp_path: Path) -> None:
     model = net()
     seen: list[tuple[int, int]] = []
-    table = profile_here(model, INPUTS, name="here", budget_s=5, protocol=QUICK, nets=10, out=tmp_path / "t.json",
-                         journal=tmp_path / "j.jsonl", progress=lambda done, total: seen.append((done, total)))  # fmt: skip
+    table = profile_here(
+        model,
+        INPUTS,
+        name="here",
+        budget_s=5,
+        protocol=QUICK,
+        nets=10,
+        out=tmp_path / "t.json",
+        journal=tmp_path / "j.jsonl",
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert LatencyTable.load(tmp_path / "t.json").by_key.keys() == table.by_key.keys()
     assert is_this_machine(table) and len(table.nets) == 11 and not table.emulated
     assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1]
@@ -76,9 +85,15 @@ def test_a_journal_of_other_work_is_refused(tmp_path: Path) -> None:
 def test_a_measurement_is_noted_beside_the_prediction(tmp_path: Path) -> None:
     import json
 
-    metrics = {"base": {}, "pruned": {"latency_ms_predicted": 2.0}, "recovered": {"latency_ms_predicted": 2.0},
-               "budgets": [{"cost": "latency_ms", "asked": 2.5, "met": None, "measured": None, "predicted": 2.0},
-                           {"cost": "macs", "asked": 1.0, "met": True, "measured": 1.0, "predicted": 1.0}]}  # fmt: skip
+    metrics = {
+        "base": {},
+        "pruned": {"latency_ms_predicted": 2.0},
+        "recovered": {"latency_ms_predicted": 2.0},
+        "budgets": [
+            {"cost": "latency_ms", "asked": 2.5, "met": None, "measured": None, "predicted": 2.0},
+            {"cost": "macs", "asked": 1.0, "met": True, "measured": 1.0, "predicted": 1.0},
+        ],
+    }
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     note_measurement(tmp_path, OnnxTiming(2.6, 2.6, 2.7, 0.01, 80.0), "pi@desk")
     noted = json.loads((tmp_path / "metrics.json").read_text())

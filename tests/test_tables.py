@@ -29,8 +29,17 @@ def table(*widths: int, **changes: Any) -> LatencyTable:
         Entry(conv(i, o), i * o * 1e-3, i * o * 1.1e-3, i * o * 1.2e-3, 0.01) for i in widths for o in widths
     )
     nets = (NetTiming("unpruned", 2.0, 1.9, 2.0, 2.1, 0.004),)
-    built = LatencyTable("bench", "a device", SETTING, entries, nets, Alignment(4, 8), 0.005,
-                         Calibration(1.02, 0.1, 12, 0.011, 0.03, 0.99), provenance={"governor": "performance", "cpus": 4})  # fmt: skip
+    built = LatencyTable(
+        "bench",
+        "a device",
+        SETTING,
+        entries,
+        nets,
+        Alignment(4, 8),
+        0.005,
+        Calibration(1.02, 0.1, 12, 0.011, 0.03, 0.99),
+        provenance={"governor": "performance", "cpus": 4},
+    )
     return replace(built, **changes)
 
 
@@ -154,7 +163,9 @@ BAD = {
     "two equal keys": {"rows": row() * 2},
     "a short row": {"rows": [row()[0][:-1]]},
     "other columns": {"columns": ["op"]},
-    "no threads": {"setting": {"runtime": "x", "version": "1", "provider": "p", "graph_optimization": "all", "threads": 0}},
+    "no threads": {
+        "setting": {"runtime": "x", "version": "1", "provider": "p", "graph_optimization": "all", "threads": 0}
+    },
     "an unknown setting": {"setting": {"runtime": "x"}},
     "a control character in the name": {"name": "bell\x07"},
     "a name that is no text": {"name": 7},
@@ -165,7 +176,9 @@ BAD = {
     "a band without an estimate": {"error_band": [0.1, 0.1]},
     "an emulated flag that is a word": {"emulated": "no"},
     "an alignment of zero": {"alignment": {"step": 0, "plateau": 8}},
-    "a calibration of one net": {"calibration": {"scale": 1, "offset_ms": 0, "nets": 1, "mape": 0, "worst": 0, "rho": 1}},
+    "a calibration of one net": {
+        "calibration": {"scale": 1, "offset_ms": 0, "nets": 1, "mape": 0, "worst": 0, "rho": 1}
+    },
     "a calibration that shrinks to nothing": {
         "calibration": {"scale": 0, "offset_ms": 0, "nets": 12, "mape": 0, "worst": 0, "rho": 1}
     },
@@ -173,7 +186,7 @@ BAD = {
     "provenance without end": {"provenance": {str(i): 1 for i in range(1000)}},
     "a hash that is none": {"plan_sha256": "zz"},
     "a net without a time": {"nets": [["n", 0.0, 1.0, 1.0, 1.0, 0.0]]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -196,8 +209,19 @@ def test_the_same_content_is_accepted() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"[]", b"null", b"{", b"[" * 100_000, b"\xff\xfe", b'{"a": NaN}', b'{"a": 1, "a": 2}', b"9" * 10_000, b'{"a": Infinity}'],
-)  # fmt: skip
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"{",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"a": NaN}',
+        b'{"a": 1, "a": 2}',
+        b"9" * 10_000,
+        b'{"a": Infinity}',
+    ],
+)
 def test_what_is_no_table_at_all_is_one_line(text: bytes, tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     path.write_bytes(text)

@@ -31,8 +31,20 @@ PLAN_FORMAT = "diplugin-profile-plan"
 SCHEMA = 1
 DRIFT, MAX_CV = 0.05, 0.05
 PAUSES, WAIT_S = 3, 1.0
-ROW_FIELDS = ("attempts", "cpu_ms", "cv", "id", "n", "peak_mb", "ratio", "rounds", "runs", "sentinel_ms", "unstable",
-              "wall_ms")
+ROW_FIELDS = (
+    "attempts",
+    "cpu_ms",
+    "cv",
+    "id",
+    "n",
+    "peak_mb",
+    "ratio",
+    "rounds",
+    "runs",
+    "sentinel_ms",
+    "unstable",
+    "wall_ms",
+)
 
 
 class ProfileError(Exception):
@@ -68,8 +80,10 @@ class Bundle:
                 text = archive.read("plan.json").decode()
             self.plan = checked_plan(parse(text))
         except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-            raise ProfileError(f"expected a profile bundle in {self.path!r}, but {first_line(error)}: make it again "
-                               "with 'diplugin profile plan'") from None
+            raise ProfileError(
+                f"expected a profile bundle in {self.path!r}, but {first_line(error)}: make it again "
+                "with 'diplugin profile plan'"
+            ) from None
 
     def blob(self, name):
         try:
@@ -153,8 +167,14 @@ class Journal:
 
     def start(self, provenance):
         if self.fresh:
-            self._append({"format": JOURNAL_FORMAT, "schema": SCHEMA, "plan_sha256": self.plan["sha256"],
-                          "provenance": provenance})
+            self._append(
+                {
+                    "format": JOURNAL_FORMAT,
+                    "schema": SCHEMA,
+                    "plan_sha256": self.plan["sha256"],
+                    "provenance": provenance,
+                }
+            )
         self.fresh = False
 
     def close(self):
@@ -175,8 +195,10 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise ProfileError(f"the journal {self.path!r} cannot be written ({first_line(error)}): make room or name "
-                               "another place with --journal; nothing done so far is lost") from None
+            raise ProfileError(
+                f"the journal {self.path!r} cannot be written ({first_line(error)}): make room or name "
+                "another place with --journal; nothing done so far is lost"
+            ) from None
 
 
 def locked(path, wait):
@@ -188,8 +210,9 @@ def locked(path, wait):
     try:
         lock = open(path + ".lock", "a")  # noqa: SIM115, held as long as the journal
     except OSError as error:
-        raise ProfileError(f"the journal {path!r} cannot be written ({first_line(error)}): name another place with "
-                           "--journal") from None
+        raise ProfileError(
+            f"the journal {path!r} cannot be written ({first_line(error)}): name another place with --journal"
+        ) from None
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -197,8 +220,9 @@ def locked(path, wait):
         except OSError:
             if wait is None:
                 lock.close()
-                raise ProfileError(f"another process is writing the journal {path!r}: wait for it, or use "
-                                   "--wait") from None
+                raise ProfileError(
+                    f"another process is writing the journal {path!r}: wait for it, or use --wait"
+                ) from None
             wait()
             time.sleep(WAIT_S)
 
@@ -214,7 +238,7 @@ def read_journal(path):
     except OSError as error:
         raise ProfileError(f"the journal {str(path)!r} cannot be read: {first_line(error)}") from None
     header, rows, numbers = None, {}, {}
-    for number, line in enumerate(data[:data.rfind(b"\n") + 1].splitlines(), 1):
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
         try:
             row = unsealed(line.decode("ascii"))
             if "format" in row:
@@ -225,8 +249,10 @@ def read_journal(path):
             if rows.get(row["id"], row) != row or numbers.get(row["n"], row["id"]) != row["id"]:
                 raise ValueError("it contradicts an earlier line")
         except (ValueError, OverflowError) as error:
-            raise ProfileError(f"line {number} of the journal {str(path)!r} is damaged ({first_line(error)}): delete "
-                               "that line to measure it again") from None
+            raise ProfileError(
+                f"line {number} of the journal {str(path)!r} is damaged ({first_line(error)}): delete "
+                "that line to measure it again"
+            ) from None
         rows[row["id"]], numbers[row["n"]] = row, row["id"]
     if header is None and rows:
         raise ProfileError(f"the journal {str(path)!r} has lost its header: profile again")
@@ -279,8 +305,11 @@ def tool(*command):
 def device_model():
     """The device in words."""
     model = read_text("/proc/device-tree/model")
-    cpu = [line.split(":", 1)[1].strip() for line in read_text("/proc/cpuinfo").splitlines()
-           if line.lower().startswith(("model name", "hardware"))]
+    cpu = [
+        line.split(":", 1)[1].strip()
+        for line in read_text("/proc/cpuinfo").splitlines()
+        if line.lower().startswith(("model name", "hardware"))
+    ]
     return model or (cpu[0] if cpu else platform.processor() or platform.machine())
 
 
@@ -302,16 +331,26 @@ def provenance(setting):
     affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     load = os.getloadavg() if hasattr(os, "getloadavg") else (0.0, 0.0, 0.0)
     found = {
-        "device": device_model(), "machine": platform.machine(), "kernel": platform.release(),
-        "cpus": os.cpu_count() or 0, "python": platform.python_version(), "affinity": " ".join(map(str, affinity)),
+        "device": device_model(),
+        "machine": platform.machine(),
+        "kernel": platform.release(),
+        "cpus": os.cpu_count() or 0,
+        "python": platform.python_version(),
+        "affinity": " ".join(map(str, affinity)),
         "governor": read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "frequencies_khz": frequencies(), "load": f"{load[0]:.2f}", "emulated": emulated(),
-        "runtime_version": setting.get("version", ""), "throttled": tool("vcgencmd", "get_throttled"),
-        "nvpmodel": tool("nvpmodel", "-q"), "jetson_clocks": tool("jetson_clocks", "--show"),
-        "jetpack": read_text("/etc/nv_tegra_release")[:400], "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "frequencies_khz": frequencies(),
+        "load": f"{load[0]:.2f}",
+        "emulated": emulated(),
+        "runtime_version": setting.get("version", ""),
+        "throttled": tool("vcgencmd", "get_throttled"),
+        "nvpmodel": tool("nvpmodel", "-q"),
+        "jetson_clocks": tool("jetson_clocks", "--show"),
+        "jetpack": read_text("/etc/nv_tegra_release")[:400],
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    clean = {k: "".join(c if c.isprintable() else " " for c in v) if isinstance(v, str) else v
-             for k, v in found.items()}
+    clean = {
+        k: "".join(c if c.isprintable() else " " for c in v) if isinstance(v, str) else v for k, v in found.items()
+    }
     return {k: v for k, v in clean.items() if v not in ("", None)}
 
 
@@ -337,8 +376,12 @@ def throttled():
 # ------------------------------------------------------------------------------------------------ runtimes
 
 
-LEVELS = {"disable": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED",
-          "all": "ORT_ENABLE_ALL"}
+LEVELS = {
+    "disable": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
 
 
 class OnnxRuntime:
@@ -349,8 +392,10 @@ class OnnxRuntime:
             import numpy
             import onnxruntime
         except ImportError as error:
-            raise ProfileError(f"this device lacks {error.name or first_line(error)}: install it with "
-                               "'python3 -m pip install numpy onnxruntime'") from None
+            raise ProfileError(
+                f"this device lacks {error.name or first_line(error)}: install it with "
+                "'python3 -m pip install numpy onnxruntime'"
+            ) from None
         self.numpy, self.runtime, self.setting = numpy, onnxruntime, setting
         if setting["provider"] not in onnxruntime.get_available_providers():
             have = ", ".join(onnxruntime.get_available_providers())
@@ -390,8 +435,15 @@ class Trtexec:
             model, times = os.path.join(folder, "model.onnx"), os.path.join(folder, "times.json")
             with open(model, "wb") as file:
                 file.write(blob)
-            command = [self.tool, "--onnx=" + model, "--exportTimes=" + times, f"--iterations={runs}",
-                       "--warmUp=200", "--duration=0", "--useSpinWait"]
+            command = [
+                self.tool,
+                "--onnx=" + model,
+                "--exportTimes=" + times,
+                f"--iterations={runs}",
+                "--warmUp=200",
+                "--duration=0",
+                "--useSpinWait",
+            ]
             if self.setting.get("precision") == "float16":
                 command.append("--fp16")
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
@@ -476,7 +528,7 @@ class Timer:
     @property
     def cv(self):
         """Coefficient of variation over the quieter half of the rounds."""
-        quiet = sorted(self.judged)[:(len(self.judged) + 1) // 2]
+        quiet = sorted(self.judged)[: (len(self.judged) + 1) // 2]
         mean = statistics.mean(quiet)
         return statistics.pstdev(quiet) / mean if mean > 0 else 0.0
 
@@ -487,10 +539,19 @@ class Timer:
 
     def row(self, sentinel_ms, limited):
         cv, rounds = self.cv, len(self.cpu)
-        return {"id": self.job["id"], "cpu_ms": round(floor_of(self.cpu), 6), "wall_ms": round(floor_of(self.wall), 6),
-                "cv": round(cv, 5), "ratio": round(min(statistics.median(self.ratio), 1e3), 4), "runs": self.runs,
-                "rounds": rounds, "attempts": -(-rounds // self.protocol["rounds"]), "peak_mb": peak_memory_mb(),
-                "sentinel_ms": round(sentinel_ms, 6), "unstable": limited or cv > MAX_CV}
+        return {
+            "id": self.job["id"],
+            "cpu_ms": round(floor_of(self.cpu), 6),
+            "wall_ms": round(floor_of(self.wall), 6),
+            "cv": round(cv, 5),
+            "ratio": round(min(statistics.median(self.ratio), 1e3), 4),
+            "runs": self.runs,
+            "rounds": rounds,
+            "attempts": -(-rounds // self.protocol["rounds"]),
+            "peak_mb": peak_memory_mb(),
+            "sentinel_ms": round(sentinel_ms, 6),
+            "unstable": limited or cv > MAX_CV,
+        }
 
 
 class Profiler:
@@ -605,10 +666,12 @@ def progress_line(stream):
 
 def waiter(path, bundle, progress):
     """Shows the progress of the process that holds the journal."""
+
     def wait():
         if progress is not None and os.path.exists(path):
             with open(path, "rb") as file:
                 progress(max(0, file.read().count(b"\n") - 1), len(bundle.plan["jobs"]))
+
     return wait
 
 

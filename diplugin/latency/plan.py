@@ -284,9 +284,7 @@ def plan_nets(
         plan.add("net", net_graph(pruned, example_inputs, dense=dense), detail)
 
 
-def prune_to(
-    model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, widths: Mapping[str, int]
-) -> Any:
+def prune_to(model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, widths: Mapping[str, int]) -> Any:
     """A copy of the model with the last channels of every group cut off down to `widths`: for timing only."""
     removed: dict[str, list[int]] = {}
     for group in trace.prunable:
