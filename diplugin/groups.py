@@ -117,7 +117,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
 
 
 def dependency_graph(
-    model: nn.Module, example_inputs: tuple[Any, ...], forward: Callable[[nn.Module, Any], Any] | None = None
+    model: nn.Module, example_inputs: tuple[Any, ...], forward: Callable[..., Any] | None = None
 ) -> tp.DependencyGraph:
     """torch-pruning's graph of the model; modes and `requires_grad` are left as they were.
 
@@ -302,9 +302,10 @@ def remove_channels(
         for name, channels in removed.items():
             if not channels:
                 continue
-            module = modules.get(name)
-            pruner = graph.get_pruner_of_module(module) if module in graph.module2node else None
-            width = graph.get_out_channels(module) if pruner is not None else None
+            module: Any = modules.get(name)
+            known = module is not None and module in graph.module2node
+            pruner = graph.get_pruner_of_module(module) if known else None
+            width = graph.get_out_channels(module) if known else None
             if pruner is None or width is None:
                 raise PlanError(f"expected a prunable layer named {name!r}, the model has none: another model's plan?")
             if max(channels) >= width or min(channels) < 0 or len(set(channels)) >= width:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .errors import ModelError
 from .groups import ChannelGroup, Side, first_line, remove_channels, trace_groups, traceable
@@ -215,8 +216,7 @@ def _same_padding(module: Any) -> tuple[int, ...]:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _consumers(outputs: Iterable[Tensor]) -> dict[Any, list[Any]]:

@@ -98,10 +98,11 @@ class PeakActivationMemory:
     def __init__(self, trace: NetworkTrace) -> None:
         self._base_widths = trace.base_widths
         self._terms = [_activation_term(trace, layer) for layer in trace.layers]
+        self._base = self.cost(self._base_widths)
 
-    @cached_property
+    @property
     def base(self) -> float:
-        return self.cost(self._base_widths)
+        return self._base
 
     @cached_property
     def guide(self) -> SeparableCost:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 Widths = Mapping[str, int]
@@ -60,15 +59,18 @@ class SeparableCost:
     def __init__(self, name: str, unit: str, base_widths: Widths, terms: Sequence[Term]) -> None:
         self.name, self.unit = name, unit
         self._base_widths, self._terms = dict(base_widths), tuple(terms)
+        self._base: float | None = None
         self._touching: dict[str, list[int]] = {}
         for i, term in enumerate(self._terms):
             for group in dict.fromkeys(term.groups):
                 self._touching.setdefault(group, []).append(i)
         self._known: list[dict[tuple[int, ...], float]] = [{} for _ in self._terms]
 
-    @cached_property
+    @property
     def base(self) -> float:
-        return self.cost(self._base_widths)
+        if self._base is None:
+            self._base = self.cost(self._base_widths)
+        return self._base
 
     def cost(self, widths: Widths) -> float:
         return sum(self._value(i, widths) for i in range(len(self._terms)))

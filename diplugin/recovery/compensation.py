@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -178,8 +179,10 @@ def _fold(module: Any, reader: _Reader, moments: _Moments, strength: float, norm
     _columns_first(module).copy_(weight)
     if module.bias is not None and centred:
         rest = moments.mean[gone] - moments.mean[kept] @ coefficients
-        # A constant reaches every output pixel through the whole window (borders apart).
-        per_output = (rest @ lost).view(weight.shape[1:]).flatten(1).sum(1)
+        # A constant reaches every output pixel through the whole window (borders apart), but a transposed convolution
+        # deals its window out to the pixels that a stride spans.
+        shared = prod(module.stride) if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1
+        per_output = (rest @ lost).view(weight.shape[1], -1).sum(1) / shared
         module.bias.add_(per_output.to(module.bias))
 
 

@@ -1,0 +1,186 @@
+"""Fine-tuning: deterministic, resumable, and towards what it says."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from diplugin.errors import DataError, UserError
+from diplugin.recovery import Distillation, EpochReport, FineTuning, label_loss, teacher_loss, train
+
+MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
+
+
+@pytest.fixture
+def loader(make_images: Any) -> DataLoader[Any]:
+    """Shuffled, and with a last batch of one image."""
+    data = make_images(65)
+    return DataLoader(TensorDataset(data.images, data.labels), batch_size=16, shuffle=True)
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
+# --- losses ---
+
+
+def test_label_loss_by_the_kind_of_labels() -> None:
+    logits, ids = torch.randn(6, 4), torch.arange(6) % 4
+    assert label_loss(logits, ids) == F.cross_entropy(logits, ids)
+    multi = (torch.rand(6, 4) > 0.5).long()
+    assert label_loss(logits, multi) == F.binary_cross_entropy_with_logits(logits, multi.float())
+    real = torch.randn(6, 4).double()
+    torch.testing.assert_close(label_loss(logits, real), F.mse_loss(logits, real.float()))
+
+
+def test_teacher_loss_is_the_divergence_by_hand() -> None:
+    student, teacher = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    p, q = (teacher / 3).softmax(1), (student / 3).softmax(1)
+    expected = (p * (p.log() - q.log())).sum(1).mean() * 9
+    torch.testing.assert_close(teacher_loss(student, teacher, 3.0), expected)
+    assert float(teacher_loss(teacher, teacher)) == pytest.approx(0.0, abs=1e-12)
+
+
+# --- the loop ---
+
+
+def test_the_same_seed_gives_the_same_network(make_net: MakeNet, loader: Any) -> None:
+    one, two, three = (make_net("plain")[0] for _ in range(3))
+    for model, seed in ((one, 3), (two, 3), (three, 4)):
+        torch.rand(5 + seed)  # whatever went on before
+        train(model, loader, FineTuning(epochs=2), seed=seed)
+    assert same(one, two)
+    assert not same(one, three)
+
+
+@pytest.mark.parametrize("settings", [FineTuning(epochs=4, lr=0.05), Distillation(epochs=4, lr=0.05)])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    make_net: MakeNet, loader: Any, tmp_path: Path, settings: FineTuning
+) -> None:
+    model, _ = make_net("plain")
+    teacher = make_net("plain")[0]
+    whole = train(copy.deepcopy(model), loader, settings, teacher=teacher)
+
+    def kill(report: EpochReport) -> None:
+        if report.epoch == 2:
+            raise KeyboardInterrupt
+
+    checkpoint = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train(copy.deepcopy(model), loader, settings, teacher=teacher, checkpoint=checkpoint, on_epoch=kill)
+    epochs: list[int] = []
+    again = train(
+        copy.deepcopy(model), loader, settings, teacher=teacher, checkpoint=checkpoint,
+        on_epoch=lambda report: epochs.append(report.epoch),
+    )  # fmt: skip
+    assert epochs == [3, 4]
+    assert same(again, whole)
+    finished = train(copy.deepcopy(model), loader, settings, teacher=teacher, checkpoint=checkpoint)
+    assert same(finished, whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_training_lowers_the_loss(make_net: MakeNet, make_images: Any) -> None:
+    model, _ = make_net("residual")
+    data = make_images(128)
+    losses: list[float] = []
+    train(model, data.loader(32), FineTuning(epochs=6, lr=0.1), on_epoch=lambda report: losses.append(report.loss))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_teacher_is_followed_and_never_changed(
+    make_net: MakeNet, make_images: Any, state_of: Any, assert_same_state: Any
+) -> None:
+    teacher, _ = make_net("plain")
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    data = make_images(128)
+    wrong_labels = [(x, torch.zeros_like(y)) for x, y in data.loader(32)]
+    before = state_of(teacher)
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float((student.eval()(data.images) - teacher.eval()(data.images)).norm())
+
+    start = distance()
+    train(student, wrong_labels, Distillation(epochs=8, lr=0.02, teacher_weight=1.0), teacher=teacher)
+    assert distance() < 0.6 * start
+    assert_same_state(teacher, before)
+
+
+def test_modes_come_back_and_frozen_weights_stay(make_net: MakeNet, loader: Any) -> None:
+    model, _ = make_net("plain")
+    model.get_submodule("0").requires_grad_(False)
+    frozen = model.get_submodule("0").weight.clone()
+    model.train()
+    model.get_submodule("1").eval()
+    modes = [m.training for m in model.modules()]
+    train(model, loader, FineTuning(epochs=1))
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(model.get_submodule("0").weight, frozen)
+
+
+def test_the_learning_rate_warms_up_and_ends_near_zero(
+    make_net: MakeNet, make_images: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = torch.optim.SGD.step
+
+    def watched(self: torch.optim.SGD, *args: Any, **kwargs: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    train(make_net("plain")[0], make_images(80).loader(4), FineTuning(epochs=2, lr=0.04, warm_up=0.1))
+    assert len(rates) == 40
+    assert rates[:4] == pytest.approx([0.01, 0.02, 0.03, 0.04])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+def test_normalisation_and_biases_do_not_decay(make_net: MakeNet, make_images: Any) -> None:
+    model, _ = make_net("plain")
+    for p in model.parameters():
+        p.register_hook(torch.zeros_like)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    train(model, make_images(32).loader(16), FineTuning(epochs=1, lr=0.1, weight_decay=0.5))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (p.ndim <= 1), name
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: FineTuning(epochs=0), lambda: FineTuning(lr=0.0), lambda: FineTuning(lr=math.nan),
+     lambda: Distillation(teacher_weight=1.5), lambda: Distillation(temperature=0.0)],
+)  # fmt: skip
+def test_settings_that_mean_nothing(make: Callable[[], FineTuning]) -> None:
+    with pytest.raises(UserError):
+        make()
+
+
+def test_a_loader_without_a_length_or_batches(make_net: MakeNet, make_images: Any) -> None:
+    with pytest.raises(DataError, match="with a length"):
+        train(make_net("plain")[0], iter(make_images(8).loader(4)), FineTuning(epochs=1))
+    with pytest.raises(DataError, match="an empty one"):
+        train(make_net("plain")[0], [], FineTuning(epochs=1))
+
+
+def test_divergence_is_said(make_net: MakeNet, make_images: Any) -> None:
+    model, _ = make_net("plain")
+    with pytest.raises(DataError, match="lower the learning rate"):
+        train(model, make_images(64).loader(8), FineTuning(epochs=30, lr=1e30))
