@@ -16,7 +16,7 @@ from diplugin.plan import PathPoint, PlannedCost, PruningPlan
 from diplugin.report import figures, read_run, write_report
 from diplugin.report.curves import calibration, journey, search_path, validation
 from diplugin.report.page import latency_pill
-from diplugin.report.rows import channel_scores, kept_score, structure
+from diplugin.report.rows import bit_map, channel_scores, kept_score, structure
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -280,6 +280,19 @@ def test_a_quantized_network_does_not_borrow_the_float_ones_latency(tmp_path: Pa
     assert "File size, MB" in text  # the axis of accuracy against cost: the one cost that every stage has
 
 
+def test_the_bits_of_every_channel_are_drawn_in_order(tmp_path: Path) -> None:
+    run = read_run(make(tmp_path / "run", bits={"version": 1, "bits": {"stem": [8, 8, 4, 0], "head": [2, 2]}}))
+    drawing = bit_map(run)
+    assert drawing is not None
+    cells = [r for r in ElementTree.fromstring(drawing.inline()).iter(f"{SVG}rect") if len(r)]
+    assert [c[0].text for c in cells] == ["stem: 8 bits", "stem: 4 bits", "stem: 0 bits", "head: 2 bits"]
+    widths = [float(c.get("width", 0)) for c in cells]
+    assert widths == pytest.approx([2 * widths[1], widths[1], widths[1], 2 * widths[1]], abs=0.02)
+    shades = [float(c.get("fill-opacity", 1)) for c in cells]
+    assert shades[0] > shades[1] > shades[3] and cells[2].get("class") == "fill-track"
+    assert "5.00" in drawing.inline() and "2.00" in drawing.inline()
+
+
 def test_an_accuracy_that_stays_is_said_to_stay(tmp_path: Path) -> None:
     same = metrics()
     same["recovered"]["accuracy"] = same["base"]["accuracy"] + 1e-6
@@ -308,6 +321,8 @@ BROKEN: dict[str, dict[str, Any]] = {
     "a plan that keeps what is not there": {"plan": plan().to_json().replace('"channels": 8', '"channels": 2')},
     "scores in words": {"scores": {"scores": {"stem": ["high"]}}},
     "scores cut short": {"scores": "{"},
+    "bits in words": {"bits": {"version": 1, "bits": {"stem": ["eight"]}}},
+    "bits without a list": {"bits": {"version": 1, "bits": {"stem": 8}}},
     "a validation that is a list": {"validate": []},
 }
 

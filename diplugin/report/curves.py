@@ -131,10 +131,10 @@ def journey(run: Run) -> Drawing | None:
     drawing.path([(x(c), y(a)) for _, c, a in known], "gone", 1.5)
     for name, c, a in known:
         drawing.dot(x(c), y(a), 5, "second" if name == "base" else "kept", f"{name}: {percent(a, 2)}")
-        # The path leaves to the right of every stage but the first.
-        right = name == "base"
-        drawing.text(x(c) + (10 if right else -10), y(a) + 4, "unpruned" if right else name, "strong small",
-                     "start" if right else "end")  # fmt: skip
+        if name == "base":
+            drawing.text(x(c) + 10, y(a) + 4, "unpruned", "strong small")
+        else:
+            drawing.text(x(c), y(a) + (18 if name == "pruned" else -10), name, "strong small", "middle")
     drawing.text(0, 12, "Accuracy, %", "soft small")
     drawing.text(WIDTH - 10, height - 6, quantity(cost).name + (f", {unit}" if unit else ""), "soft small", "end")
     return drawing

@@ -66,8 +66,10 @@ def render(run: Run) -> str:
     )
 
 
-PICTURES = (rows.structure, rows.channel_scores, rows.stage_seconds, curves.search_path, curves.calibration,
-            curves.journey, curves.validation)  # fmt: skip
+PICTURES = (
+    rows.structure, rows.channel_scores, rows.stage_seconds, rows.bit_map,
+    curves.search_path, curves.calibration, curves.journey, curves.validation,
+)  # fmt: skip
 
 
 def _content(run: Run) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Every function turns a `Run` into one `Drawing`, or None where the run has nothi
 from __future__ import annotations
 
 import math
+from itertools import groupby
 
 from .format import percent, seconds
 from .run import Run
@@ -124,3 +125,39 @@ def stage_seconds(run: Run) -> Drawing | None:
         drawing.rect(left, middle - 6, max(1.0, scale(spent)), 12, "kept")
         drawing.text(left + max(1.0, scale(spent)) + 8, middle + 4, seconds(spent), "soft")
     return drawing
+
+
+def bit_map(run: Run) -> Drawing | None:
+    """A row a quantized layer: the bits of every output channel, in the channels' order."""
+    layers = _bits(run)
+    if not layers:
+        return None
+    row, top, left, room = 22 if len(layers) <= 40 else 18, 30, 190, 470
+    drawing = Drawing(WIDTH, top + row * len(layers) + 4, "Bits of every output channel of every quantized layer")
+    scale = Axis(0, max(map(len, layers.values())), 0, room)
+    widths = sorted({b for channels in layers.values() for b in channels}, reverse=True)
+    for i, bits in enumerate(widths):
+        drawing.rect(left + 72 * i, 5, 12, 12, "kept" if bits else "track", shade=_shade(bits))
+        drawing.text(left + 72 * i + 18, 15, f"{bits} bits" if bits else "no weights", "soft small")
+    drawing.text(WIDTH - 2, 15, "Mean", "soft small", "end")
+    for i, (name, channels) in enumerate(layers.items()):
+        middle, at = top + row * i + row / 2 - 2, 0
+        drawing.text(0, middle + 4, shortened(name, _NAME_CHARACTERS), title=name)
+        for bits, run_of in groupby(channels):
+            count = len(list(run_of))
+            x, width = left + scale(at), scale(count)
+            drawing.rect(x, middle - row * 0.32, width, row * 0.64, "kept" if bits else "track",
+                         f"{name}: {bits} bits", shade=_shade(bits))  # fmt: skip
+            at += count
+        drawing.text(WIDTH - 2, middle + 4, f"{sum(channels) / len(channels):.2f}", "soft", "end")
+    return drawing
+
+
+def _shade(bits: int) -> float:
+    """Darker for more bits; 8 bits and more are the full colour."""
+    return min(1.0, 0.16 + 0.84 * (bits / 8) ** 1.2) if bits else 1.0
+
+
+def _bits(run: Run) -> dict[str, tuple[int, ...]]:
+    layers = run.bits.get("bits") if run.bits is not None else None
+    return {str(n): tuple(int(b) for b in widths) for n, widths in layers.items() if widths} if layers else {}

@@ -141,7 +141,7 @@ def _run(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]) ->
         scores=_scores(folder / SCORES),
         table=_mapping(metrics.get("latency_table"), "latency_table") or None,
         validation=_optional(folder / VALIDATION),
-        bits=_optional(folder / BITS),
+        bits=_allocation(folder / BITS),
     )
 
 
@@ -170,6 +170,14 @@ def _scores(path: Path) -> Scores | None:
     rho, images = _optional_number(data.get("rho"), "rho"), _optional_number(data.get("images"), "images")
     left_alone = {str(n): str(note) for n, note in _mapping(data.get("left_alone"), "left_alone").items()}
     return Scores(di, channels, rho, None if images is None else int(images), left_alone)
+
+
+def _allocation(path: Path) -> dict[str, Any] | None:
+    data = _optional(path)
+    for layer, widths in _mapping((data or {}).get("bits"), "bits").items():
+        if not isinstance(widths, list) or not all(isinstance(b, int) and 0 <= b <= 32 for b in widths):
+            raise ValueError(f"bits of {layer} are {widths!r:.60}, not a list of bit widths")
+    return data
 
 
 def _optional(path: Path) -> dict[str, Any] | None:

@@ -52,10 +52,13 @@ class Drawing:
     label: str
     parts: list[str] = field(default_factory=list)
 
-    def rect(self, x: float, y: float, width: float, height: float, colour: str, title: str = "") -> None:
+    def rect(
+        self, x: float, y: float, width: float, height: float, colour: str, title: str = "", shade: float = 1
+    ) -> None:
+        depth = f' fill-opacity="{_n(shade)}"' if shade < 1 else ""
         self.parts.append(
             f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(max(width, 0))}" height="{_n(height)}" '
-            f'rx="{_n(min(2, height / 2, max(width, 0) / 2))}" class="fill-{colour}">{_title(title)}</rect>'
+            f'rx="{2 if width > 8 else 0}" class="fill-{colour}"{depth}>{_title(title)}</rect>'
         )
 
     def line(
