@@ -32,7 +32,7 @@ x = torch.randn(230, 1, 8, 8) + torch.randn(3, 1, 8, 8)[labels]
 def loader(rank):
     for turn, part in enumerate(zip(x.split(batch), labels.split(batch))):
         if rank == 1 and turn == 2 and mode == "fails":
-            raise OSError("the disk is gone")
+            raise RuntimeError("the disk is gone")
         if rank == 1 and turn == 2 and mode == "dies":
             os._exit(9)
         yield part
@@ -45,7 +45,7 @@ try:
         found["images"] = torch.tensor([s.images for s in scores.values()])
         found["di"] = torch.tensor([s.di for s in scores.values()], dtype=torch.float64)
         save_file(found, f"{out}.{team.rank}")
-except (DipluginError, OSError) as error:
+except (DipluginError, RuntimeError) as error:
     print(error, file=sys.stderr)
     sys.exit(2)
 """

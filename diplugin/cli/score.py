@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import DipluginError
 from .common import add_data, add_model, data_of, model_of, positive
 
 
@@ -40,7 +41,12 @@ def run(args: argparse.Namespace) -> int:
         loader = first_images(loader, args.images or 2000)
     profile = ScoreProfile()
     with process_group() as team:
-        scores = score_groups(model, loader, trace.groups, rho=args.rho, until=until, profile=profile)
+        try:
+            scores = score_groups(model, loader, trace.groups, rho=args.rho, until=until, profile=profile)
+        except DipluginError as error:
+            if team.rank:
+                return error.exit_code  # all processes stop together, and the first one says why
+            raise
     if team.rank:
         return 0
     for group in trace.groups:

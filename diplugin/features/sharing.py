@@ -51,30 +51,36 @@ class Team:
                 raise failure
             return list(own)
         try:
-            self._agree(failure)
-            widths = self._widths(own, points)
-            rows = pack(own, points, widths)
-            counts = _all_gather(torch.tensor([len(own)]), self.size)
-            most = int(max(int(count) for count in counts))
-            padded = torch.zeros(most, rows.shape[1], dtype=torch.float64)
-            padded[: len(own)] = rows
-            parts = _all_gather(padded, self.size)
+            told = self._told(failure)
+            dealt = self._exchange(own, points) if not any(told) else []
         except RuntimeError as error:  # the connection is gone: a process was killed
-            raise DeviceError(f"another process of this run ended ({first_line(error)}): start all of them again"
-                              ) from error  # fmt: skip
-        dealt = [unpack(part[: int(count)], points, widths) for part, count in zip(parts, counts, strict=True)]
+            raise DeviceError(
+                f"another process of this run ended ({first_line(error)}): start all of them again"
+            ) from error
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(told):
+            if message:
+                raise DataError(f"process {rank} of {self.size} stopped: {message}")
+        most = max(len(part) for part in dealt)
         return [part[turn] for turn in range(most) for part in dealt if turn < len(part)]
 
-    def _agree(self, failure: Exception | None) -> None:
+    def _told(self, failure: Exception | None) -> list[str]:
+        """What stopped each process, empty where nothing did."""
         text = "" if failure is None else first_line(failure)
         encoded = text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
         messages = _all_gather(torch.frombuffer(bytearray(encoded), dtype=torch.uint8).clone(), self.size)
-        if failure is not None:
-            raise failure
-        for rank, message in enumerate(messages):
-            told = bytes(message.tolist()).rstrip(b"\0").decode(errors="ignore")
-            if told:
-                raise DataError(f"process {rank} of {self.size} stopped: {told}")
+        return [bytes(message.tolist()).rstrip(b"\0").decode(errors="ignore") for message in messages]
+
+    def _exchange(self, own: Sequence[Chunk], points: Sequence[TapPoint]) -> list[list[Chunk]]:
+        """The chunks of every process."""
+        widths = self._widths(own, points)
+        rows = pack(own, points, widths)
+        counts = [int(count) for count in _all_gather(torch.tensor([len(own)]), self.size)]
+        padded = torch.zeros(max(counts), rows.shape[1], dtype=torch.float64)
+        padded[: len(own)] = rows
+        parts = _all_gather(padded, self.size)
+        return [unpack(part[:count], points, widths) for part, count in zip(parts, counts, strict=True)]
 
     def _widths(self, own: Sequence[Chunk], points: Sequence[TapPoint]) -> list[int]:
         known = [max((len(chunk[p].scores) for chunk in own if p in chunk), default=0) for p in points]
