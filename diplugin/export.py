@@ -8,6 +8,7 @@ torch model's outputs, on the example inputs and on a batch of another size.
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import os
@@ -24,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .accuracy import hits_of
 from .errors import DataError, ModelError, UserError
-from .features import device_of, labels_of
+from .features import GetLabels, device_of, labels_of
 from .groups import first_line, traceable
 from .plan import PruningPlan
 from .surgery import PLAN_FILE, load_pruned
@@ -84,9 +86,11 @@ def export_onnx(
     (True, True)
     """
     path = Path(path)
-    inputs = tuple(x.detach().to(device_of(model)) if isinstance(x, Tensor) else x for x in example_inputs)
-    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
-        raise ModelError(f"expected example_inputs as a tuple of tensors such as (x,), got {example_inputs!r:.80}")
+    if not isinstance(example_inputs, tuple) or not example_inputs or not all(_is_tensor(x) for x in example_inputs):
+        raise ModelError(f"expected example_inputs as a tuple of tensors such as (x,), got {_kinds(example_inputs)}")
+    inputs = tuple(x.detach().cpu() for x in example_inputs)
+    if device_of(model).type != "cpu":  # accelerators may round more coarsely than the check allows
+        model = copy.deepcopy(model).cpu()
     with traceable(model), torch.no_grad():
         references = [(inputs, _reference(model, inputs))]
         proto = None
@@ -137,38 +141,49 @@ def run_onnx(source: str | Path | bytes, inputs: Sequence[Any], threads: int = 1
     return _run(_session(source, threads), inputs)
 
 
-def onnx_accuracy(source: str | Path | bytes, loader: Iterable[Any], threads: int = 1) -> float:
-    """Share of images whose largest output is their label.
+def onnx_accuracy(
+    source: str | Path | bytes, loader: Iterable[Any], threads: int = 1, get_labels: GetLabels = labels_of
+) -> float:
+    """Share of images that an ONNX model classifies correctly, counted as `diplugin.accuracy.accuracy` counts.
 
     Args:
-        source: a file, or a serialised model with one output [N, classes].
-        loader: batches of (inputs, labels), labels as class ids [N]; any batch size, whatever the model's own.
+        source: a file, or a serialised model, whose first output is logits [N, classes].
+        loader: batches of (inputs, labels); any batch size, whatever the model's own.
 
     Raises:
         ModelError: the model cannot be run.
-        DataError: an empty loader, or batches of another form.
+        DataError: an empty loader, or labels that do not fit the outputs.
     """
     session = _session(source, threads)
-    fixed = session.get_inputs()[0].shape[0]
-    right = seen = 0
+    shape = session.get_inputs()[0].shape
+    fixed = shape[0] if shape and isinstance(shape[0], int) else None
+    right = total = 0.0
     for batch in loader:
-        labels = labels_of(batch)
+        labels = get_labels(batch).cpu()
         images = batch[0] if isinstance(batch[0], (tuple, list)) else (batch[0],)
-        step = fixed if isinstance(fixed, int) else max(1, len(labels))
-        for start in range(0, len(labels), step):
-            part = [_padded(x[start : start + step], step) for x in images]
-            count = min(step, len(labels) - start)
-            predicted = _run(session, part)[0][:count].argmax(1)
-            right += int((predicted == labels[start : start + count].cpu().numpy()).sum())
-        seen += len(labels)
-    if not seen:
+        for start in range(0, len(labels), fixed or max(1, len(labels))):
+            part = labels[start : start + (fixed or len(labels))]
+            rows = [_padded(x[start : start + len(part)], fixed or len(part)) for x in images]
+            hits = hits_of(torch.from_numpy(_run(session, rows)[0][: len(part)]), part)
+            right, total = right + float(hits.sum()), total + hits.numel()
+    if not total:
         raise DataError("expected a loader of (inputs, labels) batches, got none at all")
-    return right / seen
+    return right / total
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
     """`x` with its last row repeated: a file with a fixed batch takes nothing shorter."""
     return x if len(x) == rows else torch.cat([x, x[-1:].expand(rows - len(x), *x.shape[1:])])
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
+def _kinds(inputs: Any) -> str:
+    if not isinstance(inputs, tuple):
+        return f"a {type(inputs).__name__}"
+    return f"({', '.join(type(x).__name__ for x in inputs)})"
 
 
 def _reference(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[np.ndarray]:

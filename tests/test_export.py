@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diplugin.accuracy import accuracy
 from diplugin.errors import DataError, ModelError, UserError
 from diplugin.export import export_onnx, onnx_accuracy, run_onnx
 from diplugin.groups import remove_channels
@@ -112,6 +113,15 @@ def test_a_model_tied_to_its_batch_is_exported_for_that_batch(tmp_path: Path) ->
     assert onnx_accuracy(check.path, [(x[:3], labels[:3]), (x[3:], 1 - labels[3:])]) == pytest.approx(3 / 5)
 
 
+def test_accuracy_in_onnx_runtime_is_the_torch_models(exported: tuple[nn.Module, Path]) -> None:
+    net, path = exported
+    x, ids = images(40), torch.arange(40) % 4
+    several = (torch.rand(40, 4, generator=torch.Generator().manual_seed(2)) > 0.5).float()
+    for labels in (ids, nn.functional.one_hot(ids, 4).float(), several):
+        batches = [(x[:17], labels[:17]), (x[17:], labels[17:])]
+        assert onnx_accuracy(path, batches) == pytest.approx(accuracy(net, batches))
+
+
 class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * 2 if x.mean() > 0 else x
@@ -159,6 +169,8 @@ def test_bad_input_is_named_in_one_line(exported: tuple[nn.Module, Path], tmp_pa
         onnx_accuracy(path, [])
     with pytest.raises(ModelError, match="tuple of tensors"):
         export_onnx(small_net(), ("x",), tmp_path / "x.onnx")
+    with pytest.raises(ModelError, match="got a Tensor"):
+        export_onnx(small_net(), images(1), tmp_path / "x.onnx")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="runs on inputs"):
         export_onnx(small_net(), (torch.randn(1, 5, 8, 8),), tmp_path / "x.onnx")
     with pytest.raises(ModelError, match="NaN"):
