@@ -70,7 +70,8 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, folder: Path, size: tuple[int, int], classes: Sequence[str]) -> None:
         self._size = size
         ids = {name: i for i, name in enumerate(classes)}
-        self._files = [(path, ids[path.parent.name]) for name in classes for path in sorted((folder / name).iterdir())
+        here = [name for name in classes if (folder / name).is_dir()]  # test data may lack a class
+        self._files = [(path, ids[path.parent.name]) for name in here for path in sorted((folder / name).iterdir())
                        if path.suffix.lower() in _IMAGE_ENDINGS]  # fmt: skip
         if not self._files:
             raise DataError(f"expected images under {folder}/CLASS/, found none ({', '.join(sorted(_IMAGE_ENDINGS))})")
@@ -177,7 +178,7 @@ def _call(spec: str, kind: type[DataError] | type[ModelError]) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         target: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise kind(f"expected a module {module_name!r} that imports, got {type(error).__name__}: {first_line(error)}"
                    ) from error  # fmt: skip
     for part in name.split("."):
@@ -186,7 +187,7 @@ def _call(spec: str, kind: type[DataError] | type[ModelError]) -> Any:
         raise kind(f"expected a callable {name!r} in {module_name}, found {type(target).__name__}")
     try:
         return target()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise kind(f"expected {spec}() to return, it raised {type(error).__name__}: {first_line(error)}") from error
 
 
@@ -228,7 +229,10 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"expected arrays x and y in {path}, got {reason}") from error
-    if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != np.uint8 or y.shape != (len(x),) or not len(x):
+    fits = x.ndim == 4 and x.shape[-1] == 3 and x.dtype == np.uint8 and y.shape == (len(x),) and len(x)
+    if fits and (y.dtype.kind not in "iu" or y.min() < 0):
+        raise DataError(f"expected class ids y from 0 in {path}, got {y.dtype} such as {np.sort(y)[0]!r:.40}")
+    if not fits:
         raise DataError(f"expected x uint8 [N,H,W,3] and y [N] in {path}, got {x.dtype} {x.shape} and {y.shape}")
     return x.transpose(0, 3, 1, 2), y
 
@@ -251,7 +255,7 @@ def _idx(path: Path) -> np.ndarray:
         shape = tuple(int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions))
         if raw[:3] != b"\0\0\x08":
             raise ValueError("not an idx file of bytes")
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
     except (OSError, EOFError, ValueError, IndexError) as error:
         raise DataError(f"expected a gzipped idx file at {path}, got {first_line(error)}") from error
 
