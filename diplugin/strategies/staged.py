@@ -19,7 +19,7 @@ from ..network import NetworkTrace
 from ..plan import PlannedCost, PruningPlan
 from ..search import FixedScores, SearchLimits, first_order_curve, greedy_search
 
-#: How finely the common depth of all stages is tried.
+#: How finely the common depth of all stages is tried, up to where the deepest is gone and up to where all are.
 _STEPS = 400
 
 
@@ -93,16 +93,22 @@ def staged_plan(
         greedy = Budget(budget.cost, limit=first)
         start = greedy_search(trace, FixedScores(trace.prunable, scores), costs, [greedy], SearchLimits(floor)).widths
     depth = {name: d for names, d in zip(stages, cut.depths, strict=True) for name in names}
-    for step in range(_STEPS + 1):
-        share = step / _STEPS / max(cut.depths)
+    for share in _shares(cut.depths):
         widths = {g.name: _width(trace, model, g.name, start[g.name] * (1 - share * depth[g.name]), floor)
                   for g in trace.prunable}  # fmt: skip
         if model.cost(widths) <= limit * (1 + 1e-12):
             return _plan(trace, scores, costs, widths)
     raise InfeasibleBudget(
-        f"no depth meets {budget} with stages cut as {cut.depths}: all at their floor cost {model.cost(widths):.6g} "
-        f"(asked {limit:.6g}); relax the budget or cut other stages"
+        f"no depth meets {budget} with stages cut as {cut.depths}: at their floor they cost {model.cost(widths):.6g} "
+        f"(asked {limit:.6g}); relax the budget, lower the floor of {floor:g} or cut other stages"
     )
+
+
+def _shares(depths: Sequence[float]) -> list[float]:
+    """Factors on the depths, rising until every stage that is cut at all has nothing left."""
+    deepest, shallowest = 1 / max(depths), 1 / min(d for d in depths if d > 0)
+    rising = [deepest * step / _STEPS for step in range(_STEPS)]
+    return [*rising, *(deepest + (shallowest - deepest) * step / _STEPS for step in range(_STEPS + 1))]
 
 
 def _width(trace: NetworkTrace, model: CostModel, group: str, wanted: float, floor: float) -> int:
