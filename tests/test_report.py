@@ -280,6 +280,16 @@ def test_a_quantized_network_does_not_borrow_the_float_ones_latency(tmp_path: Pa
     assert "File size, MB" in text  # the axis of accuracy against cost: the one cost that every stage has
 
 
+def test_a_time_taken_on_a_device_is_not_compared_with_one_taken_here(tmp_path: Path) -> None:
+    there = metrics() | {"measured_on": "pi@bench"}
+    there["recovered"]["peak_memory_mb_measured"] = 61.5
+    text = page_of(make(tmp_path / "run", metrics=there)).text
+    assert "timed on pi@bench, after the run" in text and "1.90 ms" not in text
+    assert "Latency, measured – – 1.25 ms –" in text and "60 % of the predicted latency" in text
+    assert "Peak memory of the process – – 61.5 MB" in text
+    assert "1.90 ms" in page_of(make(tmp_path / "run", metrics=metrics() | {"measured_on": "here"})).text
+
+
 def test_the_bits_of_every_channel_are_drawn_in_order(tmp_path: Path) -> None:
     run = read_run(make(tmp_path / "run", bits={"version": 1, "bits": {"stem": [8, 8, 4, 0], "head": [2, 2]}}))
     drawing = bit_map(run)

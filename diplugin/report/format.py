@@ -35,6 +35,7 @@ QUANTITIES = {
     "latency_ms_measured": Quantity("Latency, measured", "ms"),
     "memory_mb": Quantity("Peak activation memory", "MB"),
     "onnx_max_abs_difference": Quantity("ONNX against torch, largest difference", exponent=True),
+    "peak_memory_mb_measured": Quantity("Peak memory of the process", "MB"),
     "size_mb_predicted": Quantity("File size, predicted", "MB"),
     "size_mb_uniform8": Quantity("File size with 8 bits everywhere", "MB"),
     "mean_bits": Quantity("Bits per weight, mean", "bits"),

@@ -81,6 +81,7 @@ def _content(run: Run) -> dict[str, Any]:
         "stages": [_STAGE_WORDS[s.name] for s in run.stages],
         "rows": stage_rows(run),
         "agreement": agreement(run),
+        "measured_on": run.measured_on,
         "groups": {"kept": len(run.plan.kept), "left_alone": _left_alone(run)},
         "scores": run.scores,
         "table": table_lines(run),

@@ -66,6 +66,8 @@ class Run:
 
     Attributes:
         table: what the latency table says of itself (`table_info`), None if the run had none.
+        measured_on: where the final network was timed after the run, None for the machine of the run. The unpruned
+            network's time is left out then: it was taken elsewhere.
         bits: bit widths per layer and channel, as `quantize` records them.
         data, versions, config: as recorded, for the page's last section.
     """
@@ -83,6 +85,7 @@ class Run:
     table: Mapping[str, Any] | None
     validation: Mapping[str, Any] | None
     bits: Mapping[str, Any] | None
+    measured_on: str | None
 
     @property
     def base(self) -> Stage:
@@ -125,7 +128,9 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _run(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> Run:
-    stages = tuple(Stage(n, _figures(metrics[n], n)) for n in STAGES if metrics.get(n) is not None)
+    place = metrics.get("measured_on")
+    elsewhere = None if place is None or place == "here" else str(place)
+    stages = tuple(Stage(n, _figures(metrics[n], n, elsewhere)) for n in STAGES if metrics.get(n) is not None)
     if not stages or stages[0].name != "base":
         raise PlanError(f"expected figures of the unpruned network ('base') in {folder / METRICS}, got none")
     return Run(
@@ -142,12 +147,16 @@ def _run(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]) ->
         table=_mapping(metrics.get("latency_table"), "latency_table") or None,
         validation=_optional(folder / VALIDATION),
         bits=_allocation(folder / BITS),
+        measured_on=elsewhere,
     )
 
 
-def _figures(section: Any, name: str) -> dict[str, float | None]:
-    return {str(k): _optional_number(v, f"{name}.{k}") for k, v in _mapping(section, name).items()
-            if v is None or isinstance(v, (int, float))}  # fmt: skip
+def _figures(section: Any, name: str, elsewhere: str | None) -> dict[str, float | None]:
+    figures = {str(k): _optional_number(v, f"{name}.{k}") for k, v in _mapping(section, name).items()
+               if v is None or isinstance(v, (int, float))}  # fmt: skip
+    if elsewhere is not None and name == "base" and "latency_ms_measured" in figures:
+        figures["latency_ms_measured"] = None
+    return figures
 
 
 def _budget(entry: Any) -> BudgetResult:
