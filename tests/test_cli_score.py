@@ -54,6 +54,13 @@ def test_scores_profile_and_file(model: str, tmp_path: Path, capsys: pytest.Capt
         assert first["scores"][name] == pytest.approx(second["scores"][name], rel=1e-5)
 
 
+def test_a_device_that_is_not_there_is_named(model: str) -> None:
+    for device in ("cuda:99", "toaster"):
+        args = arguments(model, "--images", "100", "--device", device)
+        with pytest.raises(UserError, match=device):
+            args.run(args)
+
+
 def test_until_stable_takes_what_it_needs(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     args = arguments(model, "--until-stable", "0.999999")
     assert args.run(args) == 0  # out of reach: everything is used

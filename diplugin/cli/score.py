@@ -22,12 +22,13 @@ def add_parser(subparsers: Any) -> None:
         help="stop once the ranking would correlate by R (default .98) with that of fresh images",
     )  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="show time and memory of scoring, layer by layer")
+    parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1 (default cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every channel's score")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..features import ScoreProfile, UntilStable, process_group
+    from ..features import ScoreProfile, UntilStable, move_to, process_group
     from ..holdout import split_holdout
     from ..network import trace_network
     from ..scoring import score_groups
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     profile = ScoreProfile()
     with process_group() as team:
         try:
+            move_to(model, args.device)
             scores = score_groups(model, loader, trace.groups, rho=args.rho, until=until, profile=profile)
         except DipluginError as error:
             if team.rank:

@@ -7,7 +7,7 @@ what it cost (`profile`) if one is wanted.
 
 from __future__ import annotations
 
-from .batches import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, forward_inputs, labels_of, to_device
+from .batches import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, forward_inputs, labels_of, move_to, to_device
 from .observe import Observation, score_points
 from .profile import LayerProfile, ScoreProfile
 from .scene import Scene, observing
@@ -28,6 +28,7 @@ __all__ = [
     "device_of",
     "forward_inputs",
     "labels_of",
+    "move_to",
     "observing",
     "process_group",
     "rank_correlation",

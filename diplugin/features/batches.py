@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import DataError, UserError
+from ..errors import DataError, DeviceError, UserError
 from ..groups import first_line
 
 CHUNK_SIZE = 250
@@ -53,6 +53,18 @@ def _form(batch: Any) -> str:
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor on `device`."""
     return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+
+
+def move_to(model: nn.Module, device: str) -> nn.Module:
+    """The model, moved to the device of this name; its batches follow it.
+
+    Raises:
+        DeviceError: torch knows no such device here.
+    """
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(f"expected a device that torch has here, got {device!r}: {first_line(error)}") from error
 
 
 def device_of(model: nn.Module) -> torch.device:

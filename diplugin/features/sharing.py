@@ -99,6 +99,8 @@ def process_group() -> Iterator[Team]:
         yield current_team(())
         return
     try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     except (RuntimeError, ValueError) as error:
         raise DeviceError(f"expected {size} processes that reach each other, got {first_line(error)}") from error
