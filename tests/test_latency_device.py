@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from diplugin.latency import device
+from diplugin.latency.finish import table_from_rows
 from diplugin.latency.plan import ProfilePlan, Protocol, add_entries
 from diplugin.tables import OpKey, Setting
 
@@ -333,6 +334,47 @@ def test_the_device_file_needs_nothing_of_ours_and_little_else() -> None:
     top = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     top |= {(node.module or "").split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert top - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+
+
+RECORDED = """#!/bin/sh
+case "$*" in *--help*) echo "&&&& RUNNING TensorRT.trtexec [TensorRT v8502] # trtexec --help"; exit 0;; esac
+for word; do case "$word" in
+  --exportTimes=*) echo '[{"computeMs": 0.4}, {"computeMs": 0.5}]' > "${word#*=}";;
+  --saveEngine=*) touch "${word#*=}";;
+  --onnx=*) test -s "${word#*=}" || exit 1;;
+esac; done
+echo "$@" >> "$(dirname "$0")/calls"
+"""
+
+
+def test_trtexec_stands_behind_the_same_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "trtexec"
+    tool.write_text(RECORDED)
+    tool.chmod(0o755)
+    monkeypatch.setenv("TRTEXEC", str(tool))
+    plan = ProfilePlan("jetson", Setting("trtexec", "", "TensorRT-fp16", "all", 1), FAST)
+    add_entries(plan, [OpKey("conv", 8, 8, (1, 1), (1, 1), (0, 0), (1, 1), 1, (2, 2))])
+    rows = device.profile(device.Bundle(plan.save(tmp_path / "b.pyz")), str(tmp_path / "j")).rows
+    assert plan.count("edge") == 0 and set(rows) == ids(plan)
+    assert all(row["wall_ms"] == 0.4 for row in rows.values())
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert sum("--onnx=" in call for call in calls) and all("--fp16" in call for call in calls if "--onnx=" in call)
+    assert sum("--loadEngine=" in call for call in calls)
+    table = table_from_rows(plan.plan, rows, device.read_journal(str(tmp_path / "j"))[0]["provenance"])
+    assert table.setting.version == "8.5.2"
+
+
+def test_trtexec_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "trtexec"
+    tool.write_text("#!/bin/sh\ncase $* in *help*) echo v8502;; *) echo out of memory; exit 1;; esac\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("TRTEXEC", str(tool))
+    runtime = device.Trtexec({"provider": "TensorRT"})
+    with pytest.raises(device.ProfileError, match="out of memory"):
+        runtime.load(b"x", []).times(3)
+    monkeypatch.setenv("TRTEXEC", str(tmp_path / "none"))
+    with pytest.raises(device.ProfileError, match="found none"):
+        device.Trtexec({"provider": "TensorRT"})
 
 
 def test_trtexec_times_and_version() -> None:

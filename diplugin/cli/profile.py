@@ -31,6 +31,7 @@ def _add_here(steps: Any) -> None:
     parser = steps.add_parser("here", help="plan, run and finish on this machine")
     add_model(parser)
     _add_grid(parser)
+    parser.add_argument("--runtime", choices=("onnxruntime", "torch", "torch-cuda"), default="onnxruntime")
     parser.add_argument("--seconds", type=positive, default=120, metavar="S", help="spend about this long (120)")
     parser.add_argument("--journal", type=Path, metavar="FILE", help="keep the journal, and go on with it")
     parser.add_argument("--out", type=Path, required=True, metavar="TABLE.json")
@@ -42,7 +43,7 @@ def _add_plan(steps: Any) -> None:
     add_model(parser)
     _add_grid(parser)
     parser.add_argument("--step", type=positive, default=8, metavar="N", help="widths are multiples of it (8)")
-    parser.add_argument("--runtime", choices=("onnxruntime", "torch", "trtexec"), default="onnxruntime")
+    parser.add_argument("--runtime", choices=("onnxruntime", "trtexec"), default="onnxruntime")
     parser.add_argument("--dtype", choices=("float32", "int8"), default="float32")
     parser.add_argument("--net-ms", type=float, default=0.0, metavar="MS",
                         help="the unpruned net's time on the device, to foresee how long the bundle takes")  # fmt: skip
@@ -84,8 +85,13 @@ def run_here(args: argparse.Namespace) -> int:
     from ..latency import device, profile_here
 
     model, inputs = model_of(args)
+    runtime = None
+    if args.runtime != "onnxruntime":
+        from ..latency.torch_runtime import TorchRuntime, torch_setting
+
+        runtime = TorchRuntime(torch_setting("cuda" if args.runtime == "torch-cuda" else "cpu", args.threads))
     table = profile_here(
-        model, inputs, name=args.name or args.out.stem, threads=args.threads, budget_s=args.seconds,
+        model, inputs, runtime=runtime, name=args.name or args.out.stem, threads=args.threads, budget_s=args.seconds,
         points=args.points, nets=args.nets, journal=args.journal, out=args.out,
         progress=device.progress_line(sys.stderr),
     )  # fmt: skip

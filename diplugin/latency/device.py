@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -424,38 +425,49 @@ class Trtexec:
 
     def __init__(self, setting):
         self.tool = os.environ.get("TRTEXEC", "trtexec")
-        version = tool(self.tool, "--help")
-        if not version:
+        banner = tool(self.tool, "--help")
+        if not banner:
             raise ProfileError("expected NVIDIA's trtexec on this device's PATH (or named by TRTEXEC), found none")
-        self.setting, self.version = setting, trtexec_version(version)
+        self.half, self.version = setting["provider"] == "TensorRT-fp16", trtexec_version(banner)
 
-    def times(self, blob, runs):
-        """Milliseconds of GPU compute of each run."""
-        with tempfile.TemporaryDirectory() as folder:
-            model, times = os.path.join(folder, "model.onnx"), os.path.join(folder, "times.json")
-            with open(model, "wb") as file:
-                file.write(blob)
-            command = [
-                self.tool,
-                "--onnx=" + model,
-                "--exportTimes=" + times,
-                f"--iterations={runs}",
-                "--warmUp=200",
-                "--duration=0",
-                "--useSpinWait",
+    def load(self, blob, inputs):
+        """A graph that times itself: its engine is built at the first round and loaded at the others."""
+        return TrtexecGraph(self.tool, blob, self.half)
+
+
+class TrtexecGraph:
+    """One graph: `times` runs it and gives milliseconds of GPU compute of each run."""
+
+    def __init__(self, command, blob, half):
+        self.command, self.half = command, half
+        self.folder = tempfile.mkdtemp()
+        with open(self.path("model.onnx"), "wb") as file:
+            file.write(blob)
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def __del__(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def times(self, runs):
+        engine, exported = self.path("model.engine"), self.path("times.json")
+        built = os.path.exists(engine)
+        command = [self.command, "--exportTimes=" + exported, f"--iterations={runs}", "--warmUp=200", "--duration=0"]
+        if built:
+            command += ["--loadEngine=" + engine]
+        else:
+            command += [
+                "--onnx=" + self.path("model.onnx"),
+                "--saveEngine=" + engine,
+                *(["--fp16"] if self.half else []),
             ]
-            if self.setting.get("precision") == "float16":
-                command.append("--fp16")
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-            if done.returncode != 0:
-                tail = done.stdout.decode("utf-8", "replace").strip().splitlines()[-1:] or [""]
-                raise ProfileError(f"trtexec failed: {tail[0][:300]}")
-            return trtexec_times(read_text_all(times))
-
-
-def read_text_all(path):
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        if done.returncode != 0:
+            tail = done.stdout.decode("utf-8", "replace").strip().splitlines()[-1:] or [""]
+            raise ProfileError(f"trtexec failed: {tail[0][:300]}")
+        with open(exported, encoding="utf-8") as file:
+            return trtexec_times(file.read())
 
 
 def trtexec_version(text):
@@ -481,7 +493,7 @@ def trtexec_times(text):
     return times
 
 
-RUNTIMES = {"onnxruntime": OnnxRuntime}
+RUNTIMES = {"onnxruntime": OnnxRuntime, "trtexec": Trtexec}
 
 
 # ------------------------------------------------------------------------------------------------ timing
@@ -500,15 +512,25 @@ class Timer:
         self.job, self.run, self.protocol, self.thread_clock = job, run, protocol, thread_clock
         self.clock = time.thread_time_ns if thread_clock else time.process_time_ns
         self.cpu, self.wall, self.ratio = [], [], []
+        self.times = getattr(run, "times", None)
+        self.runs = protocol["runs"] if self.times is not None else self.warm_up()
+
+    def warm_up(self):
+        """Run until caches and clocks have settled; returns how many runs make a round."""
+        protocol = self.protocol
         start = time.perf_counter()
         self.run()
         self.run()
         first = max(1e-6, (time.perf_counter() - start) / 2)
         for _ in range(min(5, int(protocol["warmup_ms"] / 1e3 / first))):
             self.run()
-        self.runs = int(max(protocol["min_runs"], min(protocol["runs"], protocol["round_ms"] / 1e3 / first)))
+        return int(max(protocol["min_runs"], min(protocol["runs"], protocol["round_ms"] / 1e3 / first)))
 
-    def round(self):
+    def sample(self):
+        """(CPU, wall) times in ms of the runs of a round; a graph with a clock of its own is asked for its times."""
+        if self.times is not None:
+            times = self.times(self.runs)
+            return times, times
         cpu, wall = [], []
         for _ in range(self.runs):
             w0, c0 = time.perf_counter_ns(), self.clock()
@@ -516,6 +538,10 @@ class Timer:
             c1, w1 = self.clock(), time.perf_counter_ns()
             cpu.append((c1 - c0) / 1e6)
             wall.append((w1 - w0) / 1e6)
+        return cpu, wall
+
+    def round(self):
+        cpu, wall = self.sample()
         self.cpu.append(min(cpu))
         self.wall.append(min(wall))
         self.ratio.append(sum(cpu) / max(sum(wall), 1e-9))

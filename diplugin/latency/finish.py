@@ -98,12 +98,14 @@ def table_from_rows(
             entries.setdefault(key, entry)
             probes += [key] if kind == "probe" else []
     nets = tuple(_net(detail, row, ms, entries) for detail, row, ms in times.of("net"))
+    known = plan["alignment"]
     version = provenance.get("runtime_version") or plan["setting"]["version"]
     setting = Setting(**{**plan["setting"], "version": version})
     return LatencyTable(
         name=name or plan["name"], device=device_name or str(provenance.get("device", "unknown device"))[:160],
         setting=setting, entries=tuple(entries.values()), nets=nets,
-        alignment=alignment_of(entries, probes), overhead_ms=overhead, calibration=calibrate(nets),
+        alignment=Alignment(**known) if known else alignment_of(entries, probes),
+        overhead_ms=overhead, calibration=calibrate(nets),
         emulated=bool(provenance.get("emulated", False)), provenance=dict(provenance), plan_sha256=plan["sha256"],
     )  # fmt: skip
 

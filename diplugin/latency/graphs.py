@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import warnings
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import ModelError
 from ..tables import OpKey
@@ -63,6 +63,42 @@ def _input_shape(key: OpKey) -> tuple[int, ...]:
     if key.op == "linear":
         return (key.batch, key.cin) if key.size == (1,) else (key.batch, *key.size, key.cin)
     return (key.batch, key.cin, *key.size)
+
+
+Graph = tuple[bytes, list[list[Any]]]
+
+
+class Graphs(Protocol):
+    """What a plan's jobs are made of, for one runtime: bytes that it loads, and the inputs to feed."""
+
+    edges: bool
+
+    def call(self) -> Graph: ...
+
+    def operator(self, key: OpKey) -> Graph: ...
+
+    def edge(self, channels: int, size: tuple[int, ...], batch: int, repeats: int) -> Graph: ...
+
+    def net(self, model: Any, example_inputs: tuple[Any, ...], name: str) -> Graph: ...
+
+
+class OnnxGraphs:
+    """ONNX for ONNX Runtime, or for TensorRT, which wants weights as initializers and reorders nothing of ours."""
+
+    def __init__(self, *, dense: bool = False, edges: bool = True) -> None:
+        self.dense, self.edges = dense, edges
+
+    def call(self) -> Graph:
+        return call_graph()
+
+    def operator(self, key: OpKey) -> Graph:
+        return operator_graph(key, dense=self.dense)
+
+    def edge(self, channels: int, size: tuple[int, ...], batch: int, repeats: int) -> Graph:
+        return edge_graph(channels, size, batch, repeats)
+
+    def net(self, model: Any, example_inputs: tuple[Any, ...], name: str) -> Graph:
+        return net_graph(model, example_inputs, dense=self.dense)
 
 
 class _Builder:

@@ -12,13 +12,14 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, TableError
 from ..network import NetworkTrace, trace_network
 from ..tables import Alignment, LatencyTable, Setting
 from . import device
-from .finish import finish, table_from_rows
+from .finish import finish, load_bundle, table_from_rows
+from .graphs import Graphs, OnnxGraphs
 from .plan import (
     QUICK,
     THOROUGH,
@@ -26,22 +27,39 @@ from .plan import (
     Protocol,
     estimate_seconds,
     make_plan,
-    net_graph,
     plan_nets,
     plan_probes,
     runtime_setting,
 )
+
+if TYPE_CHECKING:
+    from .torch_runtime import TorchRuntime
 
 Progress = Callable[[int, int], None]
 POINTS = (8, 6, 4, 3)
 WHOLE_NET = Protocol(rounds=30, round_ms=60.0, gap_ms=20.0, pause_s=0.5)
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is profiled, and under what: `runtime` is None for ONNX Runtime."""
+
+    model: Any
+    example_inputs: tuple[Any, ...]
+    trace: NetworkTrace
+    setting: Setting
+    runtime: TorchRuntime | None = None
+
+    @property
+    def graphs(self) -> Graphs:
+        return self.runtime if self.runtime is not None else OnnxGraphs()
+
+
 def profile_here(
     model: Any, example_inputs: tuple[Any, ...], *, trace: NetworkTrace | None = None, name: str = "this-machine",
     threads: int = 1, budget_s: float = 120.0, points: int = 8, nets: int = 12, seed: int = 0,
-    protocol: Protocol | None = None, journal: str | Path | None = None, out: str | Path | None = None,
-    progress: Progress | None = None,
+    protocol: Protocol | None = None, runtime: TorchRuntime | None = None, journal: str | Path | None = None,
+    out: str | Path | None = None, progress: Progress | None = None,
 ) -> LatencyTable:  # fmt: skip
     """Measure every operator that a search on this model can ask for, on this machine, in ONNX Runtime.
 
@@ -54,7 +72,8 @@ def profile_here(
         points: at most about this many widths a channel group.
         nets: randomly pruned nets to time end to end for the calibration, at least 10.
         protocol: rounds and runs; by default the thorough one if it fits the budget, else a quicker one.
-        journal: keep the journal here, and go on with it if it is there; a temporary file by default.
+        runtime: torch instead of ONNX Runtime, on a CPU or a CUDA GPU; `threads` is then its own.
+        journal: keep the journal here with its bundle, and go on with both if they are there.
         out: also write the table here.
         progress: called with (jobs done, jobs in all).
 
@@ -63,16 +82,23 @@ def profile_here(
         TableError: the journal belongs to other work.
     """
     trace = trace or trace_network(model, example_inputs)
-    setting = runtime_setting(threads)
-    alignment, net_ms = probe(model, example_inputs, trace, setting)
-    plan = fitting_plan(model, example_inputs, trace, setting, alignment, net_ms, name=name, budget_s=budget_s,
-                        points=points, nets=nets, seed=seed, protocol=protocol)  # fmt: skip
+    setting = runtime.setting if runtime is not None else runtime_setting(threads)
+    subject = Subject(model, example_inputs, trace, setting, runtime)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(journal) if journal is not None else Path(folder) / "journal.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        run_bundle(plan, path, progress)
-        table = finish(plan.plan, path)
-    table = replace(table, alignment=alignment)
+        bundle: Any = path.with_suffix(".pyz")
+        if path.exists() and bundle.exists():
+            bundle = load_bundle(bundle)
+        else:
+            alignment, net_ms = probe(subject)
+            plan = fitting_plan(subject, alignment, net_ms, name=name, budget_s=budget_s, points=points, nets=nets,
+                                seed=seed, protocol=protocol)  # fmt: skip
+            if journal is not None and runtime is None:
+                plan.save(bundle)
+            bundle = plan
+        run_bundle(bundle, path, progress, runtime)
+        table = finish(bundle.plan, path)
     if out is not None:
         table.save(out)
     return table
@@ -90,34 +116,35 @@ def run_bundle(bundle: Any, journal: Path, progress: Progress | None = None, run
         raise TableError(str(error)) from None
 
 
-def probe(
-    model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, setting: Setting
-) -> tuple[Alignment, float]:
+def probe(subject: Subject) -> tuple[Alignment, float]:
     """The machine's alignment and the unpruned net's time in ms, in about two seconds."""
-    plan = ProfilePlan("probe", setting, QUICK)
-    plan_probes(plan, trace)
-    plan.add("net", net_graph(model, example_inputs), {"name": "unpruned", "keys": []})
+    plan = ProfilePlan("probe", subject.setting, QUICK, subject.graphs)
+    plan_probes(plan, subject.trace)
+    net = plan.graphs.net(subject.model, subject.example_inputs, "unpruned")
+    plan.add("net", net, {"name": "unpruned", "keys": []})
     with tempfile.TemporaryDirectory() as folder:
-        rows = run_bundle(plan, Path(folder) / "probe.jsonl").rows
+        rows = run_bundle(plan, Path(folder) / "probe.jsonl", runtime=subject.runtime).rows
     table = table_from_rows(plan.plan, rows, {})
     return table.alignment, table.nets[0].measured_ms
 
 
 def fitting_plan(
-    model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, setting: Setting, alignment: Alignment,
-    net_ms: float, *, name: str, budget_s: float, points: int, nets: int, seed: int, protocol: Protocol | None,
+    subject: Subject, alignment: Alignment, net_ms: float, *, name: str, budget_s: float, points: int, nets: int,
+    seed: int, protocol: Protocol | None,
 ) -> ProfilePlan:  # fmt: skip
     """The richest plan that should take no longer than `budget_s`; the poorest there is if none does."""
     choices = [(count, chosen) for chosen in ([protocol] if protocol else [THOROUGH, QUICK])
                for count in POINTS if count <= points or count == POINTS[-1]]  # fmt: skip
-    plan = ProfilePlan(name, setting)
+    model, inputs, trace = subject.model, subject.example_inputs, subject.trace
+    plan = ProfilePlan(name, subject.setting)
     for count, chosen in choices:
-        plan = make_plan(model, example_inputs, trace, name=name, setting=setting, alignment=alignment, points=count,
-                         nets=0, seed=seed, protocol=chosen, probes=False)  # fmt: skip
+        plan = make_plan(model, inputs, trace, name=name, setting=subject.setting, alignment=alignment, points=count,
+                         nets=0, protocol=chosen, probes=False, graphs=subject.graphs)  # fmt: skip
+        plan.alignment = alignment
         plan.estimated_s = estimate_seconds(plan, trace, net_ms) + nets * chosen.rounds * chosen.runs * net_ms / 1e3
         if plan.estimated_s <= budget_s:
             break
-    plan_nets(plan, model, example_inputs, trace, nets, seed)
+    plan_nets(plan, model, inputs, trace, nets, seed)
     return plan
 
 

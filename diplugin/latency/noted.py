@@ -11,7 +11,7 @@ from ..errors import PlanError
 from ..run_folder import METRICS, read_json
 from .local import OnnxTiming
 
-_LAST = ("quantized", "recovered", "pruned")
+_LAST = ("recovered", "pruned")  # model.onnx is the float network, whatever was quantized after it
 
 
 def note_measurement(folder: str | Path, timing: OnnxTiming, place: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ..groups import remove_channels
 from ..network import NetworkTrace
 from ..tables import Alignment, OpKey, Setting
 from . import device
-from .graphs import call_graph, edge_graph, net_graph, operator_graph
+from .graphs import Graph, Graphs, OnnxGraphs
 
 PROBE_WIDTHS = (16, 20, 24, 28, 29, 30, 31, 32, 36, 40, 44, 47, 48)
 
@@ -79,27 +79,32 @@ class ProfilePlan:
     Attributes:
         name: becomes the table's name.
         setting, protocol: how to run and time.
+        graphs: what jobs are made of; ONNX unless told.
         grid: widths per channel group that the plan covers.
+        alignment: measured already; None leaves it to the plan's own probes.
         estimated_s: how long the timing should take on a machine as fast as `rate` says; 0 if unknown.
     """
 
     name: str
     setting: Setting
     protocol: Protocol = THOROUGH
+    graphs: Graphs = field(default_factory=OnnxGraphs, repr=False)
     jobs: list[Job] = field(default_factory=list)
     blobs: dict[str, bytes] = field(default_factory=dict)
     grid: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    alignment: Alignment | None = None
     estimated_s: float = 0.0
     _ids: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         """Every plan begins with its sentinel and the cost of a call."""
+        if self.setting.runtime == "trtexec" and isinstance(self.graphs, OnnxGraphs):
+            self.graphs = OnnxGraphs(dense=True, edges=False)
         if not self.jobs:
-            dense = self.setting.runtime == "trtexec"
-            self.add("sentinel", operator_graph(SENTINEL, dense=dense), {})
-            self.add("call", call_graph(), {})
+            self.add("sentinel", self.graphs.operator(SENTINEL), {})
+            self.add("call", self.graphs.call(), {})
 
-    def add(self, kind: str, graph: tuple[bytes, list[list[Any]]], detail: Mapping[str, Any]) -> None:
+    def add(self, kind: str, graph: Graph, detail: Mapping[str, Any]) -> None:
         """Add a job once, however often it is asked for."""
         blob, inputs = graph
         name = hashlib.sha256(blob).hexdigest() + ".onnx"
@@ -116,6 +121,7 @@ class ProfilePlan:
         document = {
             "format": device.PLAN_FORMAT, "schema": device.SCHEMA, "name": self.name, "sentinel": self.jobs[0].id,
             "setting": asdict(self.setting), "protocol": asdict(self.protocol),
+            "alignment": None if self.alignment is None else asdict(self.alignment),
             "grid": {name: list(widths) for name, widths in self.grid.items()},
             "jobs": [job.document() for job in self.jobs],
         }  # fmt: skip
@@ -160,7 +166,7 @@ def runtime_setting(threads: int = 1, runtime: str = "onnxruntime", provider: st
         import onnxruntime
 
         return Setting(runtime, onnxruntime.__version__, provider or "CPUExecutionProvider", level, threads)
-    return Setting(runtime, "", provider, level, threads)
+    return Setting(runtime, "", provider or "TensorRT", level, threads)
 
 
 # ------------------------------------------------------------------------------------------------ widths
@@ -219,20 +225,20 @@ def _side_widths(side: Any, grid: Mapping[str, Sequence[int]], base: Mapping[str
     return [{g: grid[g][max(0, (i + 1) * len(grid[g]) // longest - 1)] for g in groups} for i in range(longest)]
 
 
-def plan_entries(plan: ProfilePlan, trace: NetworkTrace, dtype: str = "float32", *, dense: bool = False) -> None:
+def plan_entries(plan: ProfilePlan, trace: NetworkTrace, dtype: str = "float32") -> None:
     """Add the entries and edges that the plan's grid asks for."""
     keys: dict[OpKey, None] = {}
     for layer in timed_layers(trace, dtype):
         keys.update(dict.fromkeys(layer_keys(layer, plan.grid, trace.base_widths)))
-    add_entries(plan, keys, dense=dense)
+    add_entries(plan, keys)
 
 
-def add_entries(plan: ProfilePlan, keys: Iterable[OpKey], kind: str = "entry", *, dense: bool = False) -> None:
+def add_entries(plan: ProfilePlan, keys: Iterable[OpKey], kind: str = "entry") -> None:
     """Add operators and, where the runtime may reorder tensors, the edges of their graphs."""
     keys = list(keys)
     for key in keys:
-        plan.add(kind, operator_graph(key, dense=dense), {"key": key.row})
-    if plan.setting.runtime != "onnxruntime":
+        plan.add(kind, plan.graphs.operator(key), {"key": key.row})
+    if not plan.graphs.edges:
         return
     for key in keys:
         if key.op != "linear" and key.dtype == "float32":
@@ -242,7 +248,7 @@ def add_entries(plan: ProfilePlan, keys: Iterable[OpKey], kind: str = "entry", *
 
 def add_edge(plan: ProfilePlan, channels: int, size: tuple[int, ...], batch: int) -> None:
     for repeats in (1, 2):
-        plan.add("edge", edge_graph(channels, size, batch, repeats),
+        plan.add("edge", plan.graphs.edge(channels, size, batch, repeats),
                  {"channels": channels, "size": list(size), "batch": batch, "repeats": repeats})  # fmt: skip
 
 
@@ -270,7 +276,7 @@ def _probe_key(layer: Any, cin: int, cout: int, groups: int) -> OpKey:
 
 def plan_nets(
     plan: ProfilePlan, model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, nets: int,
-    seed: int = 0, dtype: str = "float32", *, dense: bool = False,
+    seed: int = 0, dtype: str = "float32",
 ) -> None:  # fmt: skip
     """Add the unpruned net and `nets` randomly pruned ones, physically pruned copies, end to end."""
     draw = random.Random(seed)
@@ -281,7 +287,7 @@ def plan_nets(
         pruned = model if not number else prune_to(model, example_inputs, trace, widths)
         detail = {"name": f"random-{number}" if number else "unpruned",
                   "keys": [layer.key(widths).row for layer in layers]}  # fmt: skip
-        plan.add("net", net_graph(pruned, example_inputs, dense=dense), detail)
+        plan.add("net", plan.graphs.net(pruned, example_inputs, str(detail["name"])), detail)
 
 
 def prune_to(model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, widths: Mapping[str, int]) -> Any:
@@ -296,7 +302,7 @@ def prune_to(model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, w
 def make_plan(
     model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, *, name: str, setting: Setting,
     alignment: Alignment = BY_EIGHT, points: int = 8, nets: int = 12, seed: int = 0,
-    protocol: Protocol = THOROUGH, dtype: str = "float32", probes: bool = True,
+    protocol: Protocol = THOROUGH, dtype: str = "float32", probes: bool = True, graphs: Graphs | None = None,
 ) -> ProfilePlan:  # fmt: skip
     """Everything that a latency budget on this model needs measured.
 
@@ -312,14 +318,13 @@ def make_plan(
     Raises:
         ModelError: the model cannot be exported or has no layer that can be timed.
     """
-    plan = ProfilePlan(name, setting, protocol)
-    dense = setting.runtime == "trtexec"
+    plan = ProfilePlan(name, setting, protocol, graphs or OnnxGraphs())
     plan.grid = group_grids(trace, alignment, points)
     if probes and dtype == "float32":
         plan_probes(plan, trace)
-    plan_entries(plan, trace, dtype, dense=dense)
+    plan_entries(plan, trace, dtype)
     if nets and dtype == "float32":
-        plan_nets(plan, model, example_inputs, trace, nets, seed, dtype, dense=dense)
+        plan_nets(plan, model, example_inputs, trace, nets, seed, dtype)
     return plan
 
 
