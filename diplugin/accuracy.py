@@ -35,7 +35,8 @@ def accuracy(
         with torch.no_grad():
             for batch in loader:
                 batch = to_device(batch, device_of(model))
-                hits = hits_of(forward(model, batch), get_labels(batch))
+                labels = get_labels(batch)  # first: a batch of another form is the data's fault, not the model's
+                hits = hits_of(forward(model, batch), labels)
                 right, total = right + float(hits.sum()), total + hits.numel()
     finally:
         for module, training in modes.items():

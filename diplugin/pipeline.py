@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .boundary import guarded_forward, guarded_labels
 from .costs import Budget, CostModel, PeakActivationMemory, macs, params
 from .costs.latency import LatencyCost
 from .errors import BudgetError, DataError, DipluginError, ModelError
@@ -116,6 +117,7 @@ def compress(
         UserError: input that cannot be used; the message says what was expected.
         InfeasibleBudget: no structure within reach meets the budgets.
     """
+    get_labels, forward = guarded_labels(get_labels), guarded_forward(forward)
     strategy = OneShot(rho, tap or AfterActivation(), limits or SearchLimits(), tuple(repairs), images, get_labels,
                        forward)  # fmt: skip
     config = _config(model, budgets, latency_table, recovery, bits, strategy, holdout, seed, test_loader is not None)

@@ -225,8 +225,8 @@ class _Fit:
             x, t = self._patches(block), self._targets(block)
             gram += (x.transpose(1, 2) @ x).double()
             cross += (x.transpose(1, 2) @ t).double()
-            sum_x += x.sum(1, dtype=torch.float64)
-            sum_t += t.sum(1, dtype=torch.float64)
+            sum_x += x.sum(1).double()
+            sum_t += t.sum(1).double()
             rows += x.shape[1]
         gram, cross, mean_x, mean_t = gram / rows, cross / rows, sum_x / rows, sum_t / rows
         if centred:

@@ -1,0 +1,211 @@
+"""The main job from end to end on a tiny network, against the pruned network itself and ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import diplugin
+from diplugin.accuracy import accuracy
+from diplugin.costs import macs
+from diplugin.errors import BudgetError, DataError, InfeasibleBudget, ModelError, PlanError
+from diplugin.export import run_onnx
+from diplugin.network import trace_network
+from diplugin.recovery import FineTuning, Recalibrate, train
+
+CLASSES = 4
+HALF = diplugin.Budget("macs", fraction=0.5)
+
+
+def bars(images: int, seed: int) -> TensorDataset:
+    """Images with a bright bar at one of four places, in noise: learnt in seconds."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, CLASSES, (images,), generator=draw)
+    x = 0.5 * torch.randn(images, 1, 8, 8, generator=draw)
+    for i, label in enumerate(labels.tolist()):
+        x[i, 0, 2 * label : 2 * label + 2] += 1.0
+    return TensorDataset(x, labels)
+
+
+def make_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.Conv2d(12, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, CLASSES),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    loader = DataLoader(bars(400, 1), batch_size=50, shuffle=True)
+    return train(make_net(), loader, FineTuning(epochs=3, lr=0.05)).eval()
+
+
+@pytest.fixture
+def loader() -> DataLoader[Any]:
+    return DataLoader(bars(400, 1), batch_size=50)
+
+
+@pytest.fixture(scope="module")
+def test_loader() -> DataLoader[Any]:
+    return DataLoader(bars(200, 2), batch_size=100)
+
+
+INPUTS = (torch.zeros(1, 1, 8, 8),)
+
+
+def compress(model: nn.Module, loader: Any, **settings: Any) -> diplugin.CompressionResult:
+    return diplugin.compress(model, loader, **{"example_inputs": INPUTS, "budgets": [HALF], **settings})
+
+
+def test_a_run_delivers_what_it_says(
+    trained: nn.Module, loader: Any, test_loader: Any, tmp_path: Path
+) -> None:
+    before = {k: v.clone() for k, v in trained.state_dict().items()}
+    out = tmp_path / "run"
+    result = compress(trained, loader, out=out, test_loader=test_loader, recovery=diplugin.Distillation(epochs=1))
+    assert all(torch.equal(before[k], v) for k, v in trained.state_dict().items()), "the user's model is not changed"
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "scores.json", "plan.json", "weights.safetensors", "model.onnx", "metrics.json", "report.html",
+        "log.txt",
+    }  # fmt: skip
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics == json.loads(json.dumps(result.metrics))
+    counted = macs(trace_network(result.model, INPUTS, verify=False)).base
+    assert metrics["recovered"]["macs"] == counted <= 0.5 * metrics["base"]["macs"]
+    assert metrics["budgets"][0]["met"] and metrics["budgets"][0]["measured"] == counted
+    assert metrics["recovered"]["accuracy"] == accuracy(result.model, test_loader)
+    assert metrics["recovered"]["accuracy"] > metrics["base"]["accuracy"] - 0.1
+    assert metrics["recovered"]["size_mb"] == (out / "model.onnx").stat().st_size / 1e6
+
+
+def test_what_is_written_is_the_network(trained: nn.Module, loader: Any, tmp_path: Path) -> None:
+    result = compress(trained, loader, out=tmp_path / "run")
+    rebuilt = diplugin.load_pruned(make_net(), tmp_path / "run").eval()
+    x = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        want = result.model(x)
+        assert torch.equal(rebuilt(x), want)
+    (got,) = run_onnx(tmp_path / "run" / "model.onnx", (x,))
+    assert torch.allclose(torch.from_numpy(got), want, atol=1e-4)
+
+
+class Killed(BaseException):
+    """Stands for a signal: no handler of the pipeline's may swallow it."""
+
+
+def test_a_killed_run_ends_like_one_that_was_not(trained: nn.Module, loader: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"recovery": diplugin.Distillation(epochs=3), "repairs": (Recalibrate(),)}
+    whole = compress(trained, loader, out=tmp_path / "whole", **settings)
+
+    def kill(line: str) -> None:
+        if line.startswith("epoch 2"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(trained, loader, out=tmp_path / "cut", tell=kill, **settings)
+    assert not (tmp_path / "cut" / "metrics.json").exists()
+    with pytest.raises(PlanError, match="--resume"):
+        compress(trained, loader, out=tmp_path / "cut", **settings)
+    lines: list[str] = []
+    resumed = compress(trained, loader, out=tmp_path / "cut", resume=True, tell=lines.append, **settings)
+    assert [line[:7] for line in lines if line.startswith("epoch")] == ["epoch 3"], "finished epochs are not repeated"
+    assert resumed.plan == whole.plan
+    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_runs_repeat(trained: nn.Module, loader: Any) -> None:
+    torch.manual_seed(1)
+    one = compress(trained, loader, recovery=FineTuning(epochs=1))
+    torch.manual_seed(2)
+    state = torch.random.get_rng_state()
+    two = compress(trained, loader, recovery=FineTuning(epochs=1))
+    assert torch.equal(state, torch.random.get_rng_state()), "the caller's generator is left as it was"
+    assert one.plan == two.plan and one.folder is None
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+
+
+def test_an_infeasible_budget_names_what_is_in_reach_and_leaves_nothing(
+    trained: nn.Module, loader: Any, tmp_path: Path
+) -> None:
+    budgets = [diplugin.Budget("macs", fraction=1e-4)]
+    with pytest.raises(InfeasibleBudget, match="cheapest"):
+        compress(trained, loader, budgets=budgets, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_budgets_on_latency_need_a_table(trained: nn.Module, loader: Any) -> None:
+    with pytest.raises(BudgetError, match="latency table"):
+        compress(trained, loader, budgets=[diplugin.Budget("latency_ms", limit=1.0)])
+
+
+def test_no_budget(trained: nn.Module, loader: Any) -> None:
+    with pytest.raises(BudgetError, match="got none"):
+        compress(trained, loader, budgets=[])
+
+
+class Pair(nn.Module):
+    """Returns a tuple, which is no tensor of logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_net()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.net(x)
+        return y, y
+
+
+def test_a_model_that_returns_a_tuple(loader: Any) -> None:
+    with pytest.raises(ModelError, match=r"one tensor of logits.*tuple"):
+        compress(Pair(), loader)
+
+
+def test_a_model_that_returns_a_tuple_with_a_forward_of_its_own(loader: Any) -> None:
+    result = compress(Pair(), loader, forward=lambda model, batch: model(batch[0])[0])
+    assert result.metrics["budgets"][0]["met"]
+
+
+def test_a_model_without_channels_to_remove(loader: Any) -> None:
+    with pytest.raises(ModelError, match="can be removed"):
+        compress(nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)), loader)
+
+
+def labelled(change: Any) -> DataLoader[Any]:
+    x, y = bars(100, 1).tensors
+    x, y = change(x.clone(), y.clone())
+    return DataLoader(TensorDataset(x, y), batch_size=20)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x, torch.zeros_like(y)), "differ|same"),
+        (lambda x, y: (x, y + CLASSES), "class ids from 0"),
+        (lambda x, y: (x, y - CLASSES), "class ids"),
+        (lambda x, y: (x * float("nan"), y), "NaN"),
+        (lambda x, y: (x[:1], y[:1]), "four images"),
+        (lambda x, y: (x[:, :, :, :4], y), "runs|shape|size"),
+        (lambda x, y: (x, y.float()), "integers"),
+    ],
+    ids=["one class", "ids too high", "ids below zero", "NaN", "one image", "wrong shape", "float ids"],
+)
+def test_data_that_cannot_be_used(trained: nn.Module, change: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises((DataError, ModelError), match=message):
+        compress(trained, labelled(change), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("data", [[], [(torch.zeros(4, 1, 8, 8),)], [{"x": torch.zeros(4, 1, 8, 8)}]])
+def test_batches_of_another_form(trained: nn.Module, data: Any) -> None:
+    with pytest.raises(DataError, match="expected"):
+        compress(trained, data)

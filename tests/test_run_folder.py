@@ -1,0 +1,70 @@
+"""The run folder: refused when it holds something, resumed only with the same settings, never half a run for whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diplugin.errors import PlanError
+from diplugin.run_folder import RunFolder, next_numbered, read_json, refuse_held
+
+
+def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(PlanError, match="holds thesis.tex"):
+        RunFolder(tmp_path, {"seed": 0})
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(PlanError, match="there is a file"):
+        refuse_held(tmp_path / "run")
+
+
+def test_resume_needs_a_run_with_the_same_settings(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", {"seed": 0, "versions": {"torch": "1"}})
+    RunFolder(tmp_path / "run", {"seed": 0, "versions": {"torch": "2"}}, resume=True)
+    with pytest.raises(PlanError, match="'seed' was 0 and is 1"):
+        RunFolder(tmp_path / "run", {"seed": 1}, resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").write_text("")
+    with pytest.raises(PlanError, match="no config.json"):
+        RunFolder(tmp_path / "other", {"seed": 0}, resume=True)
+
+
+def test_a_run_without_a_plan_leaves_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    folder.log("search begins")
+    folder.abandon()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_a_plan_stays_to_be_resumed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    (tmp_path / "run" / "plan.json").write_text("{}")
+    folder.abandon()
+    assert (tmp_path / "run" / "config.json").exists() and not folder.whole
+
+
+def test_json_is_written_whole_and_refuses_nan(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    folder.write_json("metrics.json", {"accuracy": 0.5})
+    with pytest.raises(ValueError, match="JSON"):
+        folder.write_json("metrics.json", {"accuracy": float("nan")})
+    assert read_json(tmp_path / "run" / "metrics.json") == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "\x00", "[" * 100_000])
+def test_broken_json_is_one_clear_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(PlanError, match=r"expected a JSON object"):
+        read_json(tmp_path / "metrics.json")
+
+
+def test_numbers_of_fresh_folders(tmp_path: Path) -> None:
+    (tmp_path / "demo-1").mkdir()
+    assert next_numbered(tmp_path, "demo").name == "demo-2"
+    assert json.dumps(str(next_numbered(tmp_path / "none", "demo"))).endswith('demo-1"')
