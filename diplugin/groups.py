@@ -155,6 +155,8 @@ def _check_output(model: nn.Module, output: Any) -> None:
             f"expected a model that returns tensors, alone or in a tuple, list or dict, got {type(output).__name__}; "
             "wrap it in a module that does"
         )
+    if any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors):
+        raise ModelError("expected numbers from the model, it returns NaN on the example inputs; check its weights")
     weights = any(p.requires_grad for p in model.parameters())
     if tensors and weights and not any(t.requires_grad for t in tensors):
         raise ModelError(

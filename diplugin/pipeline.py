@@ -26,6 +26,7 @@ from torch import nn
 from .boundary import guarded_forward, guarded_labels
 from .costs import Budget, CostModel, PeakActivationMemory, macs, params
 from .costs.latency import LatencyCost
+from .discriminant.targets import check_positive
 from .errors import BudgetError, DataError, DipluginError, ModelError
 from .features import Forward, GetLabels, device_of, forward_inputs, labels_of
 from .groups import first_line
@@ -356,6 +357,7 @@ def _config(
     """What was asked for, as JSON; two runs with the same configuration and data are the same run."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_positive(strategy.rho, "rho")
     if not isinstance(images := strategy.images, int) or images < 2:
         raise DataError(f"expected images of 2 or more, got {images!r}")
     return {

@@ -63,7 +63,10 @@ def model_of(args: argparse.Namespace) -> tuple[nn.Module, tuple[torch.Tensor, .
 
     shape = example_shape(args.example_shape)
     model = load_model(args.model, args.weights).eval()
-    return model, (torch.randn(shape, generator=torch.Generator().manual_seed(0)),)
+    try:
+        return model, (torch.randn(shape, generator=torch.Generator().manual_seed(0)),)
+    except (RuntimeError, MemoryError) as error:
+        raise ModelError(f"expected an --example-shape that fits into memory, got {args.example_shape}") from error
 
 
 def data_of(args: argparse.Namespace) -> DataSource:
