@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from diplugin.discriminant.targets import check_positive
-from diplugin.errors import DataError, ModelError, NotFittedError, StaleScoresWarning
+from diplugin.errors import DataError, ModelError, NotFittedError, StaleScoresWarning, UserError
 from diplugin.features import (
     CHUNK_SIZE,
     Forward,
@@ -41,12 +42,27 @@ from diplugin.features import (
     labels_of,
     to_device,
 )
-from diplugin.fitted_scores import WEIGHTED, ChannelCost, FittedScores, fit_scores, record_of, weighted_layers, width_of
+from diplugin.fitted_scores import (
+    WEIGHTED,
+    ChannelCost,
+    FittedScores,
+    MACs,
+    fit_scores,
+    record_of,
+    weighted_layers,
+    width_of,
+)
 from diplugin.groups import ChannelGroup, dependency_graph, group_from_torch_pruning
+from diplugin.ranking import ByBoth, ByLoss, Ranking, hand_out, lift_best
 from diplugin.survivors import Survivors
 from diplugin.taps import AfterActivation, AtLayer, Tap, TapPoint, points_of, root_scores
 
-__all__ = ["DIImportance", "Explanation"]
+__all__ = ["PLAIN", "DIImportance", "Explanation"]
+
+_PER_MAC, _BY_BOTH = MACs(), ByBoth()
+
+#: Options under which a channel's score is its DI loss and nothing else.
+PLAIN: Mapping[str, Any] = MappingProxyType({"per_cost": None, "ranking": ByLoss(), "floor": 0.0})
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,8 @@ class Explanation:
         group: qualified name of the layer at the group's root.
         note: why the group is left alone; empty if it is scored.
         scores: [channels] what the pruner is given; None if the group is left alone.
-        losses: [channels] the same as DI losses, fractions of label variance.
+        losses: [channels] their DI losses, fractions of label variance, before cost, ranking and floor.
+        energies: [channels] how much of its readers' outputs each makes; None where nothing reads.
         tensors: for every tensor that speaks for the group: where it is, its DI, and its own scores of the channels.
     """
 
@@ -65,12 +82,13 @@ class Explanation:
     note: str
     scores: Tensor | None
     losses: Tensor | None
+    energies: Tensor | None
     tensors: tuple[tuple[TapPoint, float, Tensor], ...]
 
     def __str__(self) -> str:
-        if self.losses is None:
+        if self.scores is None:
             return f"{self.group}: left alone, {self.note}"
-        order = torch.argsort(self.losses).tolist()
+        order = torch.argsort(self.scores).tolist()
         lines = [f"{self.group}: {len(order)} channels, first to go {order[:8]}, last {order[-8:]}"]
         for point, di, scores in self.tensors:
             where = "input of" if point.side == "in" else "output of"
@@ -80,14 +98,21 @@ class Explanation:
 
 
 class DIImportance(tp.importance.Importance):
-    """First-order DI loss of every channel of a group, for any pruner of torch-pruning.
+    """Importance of every channel of a group by Discriminant Information, for any pruner of torch-pruning.
+
+    A score is the first-order DI loss of removing the channel, per share of the network's MACs that this frees; inside
+    a group the losses are handed out in the order that `ranking` gives. `PLAIN` holds the options that leave the loss
+    as it is: `DIImportance(**PLAIN)`.
 
     Args:
         rho: ridge relative to the mean energy of an image.
         tap: which tensors speak for a group and how they are put together, see `diplugin.taps`.
         get_labels: labels of a batch, for batches that are not (inputs, labels).
         forward: `forward(model, batch)`, for the same.
-        per_cost: what a channel's loss is divided by, such as `fitted_scores.MACs()`; None for the loss itself.
+        per_cost: what a channel's loss is divided by, so that one threshold for the whole network spends losses where
+            they save most; None for the loss itself.
+        ranking: which channels of a group leave first, while the losses say how many, see `diplugin.ranking`.
+        floor: fraction of every group's channels that a global threshold spares.
         class_weight: None, or "balanced": every class counts the same.
         chunk_size: images per DI problem; scores of different sizes do not compare.
         refit: keep model and loader, and score afresh whenever channels have left; the loader must be one that can
@@ -110,13 +135,18 @@ class DIImportance(tp.importance.Importance):
         get_labels: GetLabels | None = None,
         forward: Forward | None = None,
         *,
-        per_cost: ChannelCost | None = None,
+        per_cost: ChannelCost | None = _PER_MAC,
+        ranking: Ranking = _BY_BOTH,
+        floor: float = 0.1,
         class_weight: str | None = None,
         chunk_size: int = CHUNK_SIZE,
         refit: bool = False,
     ) -> None:
         self.tap: Tap = AfterActivation() if tap is None else tap
-        self.per_cost, self.refit = per_cost, refit
+        self.per_cost, self.ranking, self.refit = per_cost, ranking, refit
+        if not 0 <= floor <= 1:
+            raise UserError(f"expected a floor from 0 to 1, a fraction of the channels, got {floor}")
+        self.floor = floor
         self._observation = Observation(
             labels_of if get_labels is None else get_labels, forward_inputs if forward is None else forward,
             check_positive(rho, "rho"), class_weight, chunk_size,
@@ -152,6 +182,8 @@ class DIImportance(tp.importance.Importance):
 
     def _use(self, fitted: FittedScores) -> None:
         self._fitted, self._warned = fitted, False
+        largest = max((float(s.scores.max()) for s in fitted.points.values()), default=0.0)
+        self._ceiling = largest if self.per_cost is None else largest / 1e-6
         self._survivors = Survivors({p: len(s.scores) for p, s in fitted.points.items()})
 
     @property
@@ -198,7 +230,7 @@ class DIImportance(tp.importance.Importance):
         name = graph._module2name.get(group[0].dep.target.module, "")
         note = _broken(full)
         if note:
-            return Explanation(name, note, None, None, ())
+            return Explanation(name, note, None, None, None, ())
         converted = self._named(graph, full, group_from_torch_pruning(graph, full))
         if not self._current(graph, full, converted) and self._again is not None:
             self.fit(*self._again)
@@ -210,8 +242,27 @@ class DIImportance(tp.importance.Importance):
             where = ", ".join(dict.fromkeys(m.layer for m in converted.members)) or name
             raise NotFittedError(f"expected a layer of the group of {name!r} to run on the data given to fit, none of "
                                  f"these did: {where}; fit on data that reaches them, or ignore them")  # fmt: skip
-        scores = losses if self.per_cost is None else losses / self.per_cost(converted, self.fitted)
-        return Explanation(name, "", scores[chosen], losses[chosen], tuple(rows))
+        energies = self._energies(converted)
+        scores = self._scores(converted, losses, energies)
+        held = None if energies is None else energies[chosen]
+        return Explanation(name, "", scores[chosen], losses[chosen], held, tuple(rows))
+
+    def _energies(self, group: ChannelGroup) -> Tensor | None:
+        """How much of its readers' outputs every root channel makes, summed over readers."""
+        total: Tensor | None = None
+        for member in group.side("in"):
+            energies = self.fitted.energies.get(member.layer)
+            if energies is not None:
+                left = self._survivors.of(TapPoint(member.layer, "in"), energies.double().cpu())
+                if len(left) > max(member.channels):
+                    total = torch.zeros(group.channels, dtype=torch.float64) if total is None else total
+                    total.index_add_(0, torch.tensor(member.roots), left[list(member.channels)])
+        return total
+
+    def _scores(self, group: ChannelGroup, losses: Tensor, energies: Tensor | None) -> Tensor:
+        scores = losses if self.per_cost is None else losses / self.per_cost(group, self.fitted)
+        scores = hand_out(scores, self.ranking(scores, energies), group.blocks)
+        return lift_best(scores, self.floor, self._ceiling, group.blocks)
 
     def _named(self, graph: Any, group: Any, converted: ChannelGroup) -> ChannelGroup:
         """Members by the names of the model that was fitted, which the graph's model may only be a part of."""

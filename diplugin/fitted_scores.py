@@ -25,10 +25,11 @@ from .discriminant import ChunkScores
 from .errors import PlanError
 from .features import Observation, score_points
 from .groups import ChannelGroup, GroupMember, Side, first_line
+from .reader_energy import measuring
 from .taps import TapPoint
 
 SCHEMA = 1
-_HEADER = "diplugin"
+_HEADER, _ENERGY = "diplugin", "energy:"
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 
 
@@ -58,11 +59,13 @@ class FittedScores:
     Attributes:
         points: scores (fractions of label variance) of every tensor that was scored.
         layers: every convolution and linear layer of the network.
+        energies: by layer, how much of what it writes comes from each channel that it reads (`reader_energy`).
         settings: rho, chunk size and class weight of the run.
     """
 
     points: Mapping[TapPoint, ChunkScores]
     layers: Mapping[str, LayerRecord]
+    energies: Mapping[str, Tensor] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -84,9 +87,10 @@ class FittedScores:
             "points": [{"layer": p.layer, "side": p.side, "di": s.di, "ridge": s.ridge, "images": s.images}
                        for p, s in points],
         }  # fmt: skip
+        tensors = {str(i): s.scores.cpu().contiguous() for i, (_, s) in enumerate(points)}
+        tensors |= {_ENERGY + name: values.cpu().contiguous() for name, values in self.energies.items()}
         try:
-            save_file({str(i): s.scores.cpu().contiguous() for i, (_, s) in enumerate(points)}, str(path),
-                      metadata={_HEADER: json.dumps(header)})  # fmt: skip
+            save_file(tensors, str(path), metadata={_HEADER: json.dumps(header)})
         except (OSError, SafetensorError) as error:
             raise PlanError(f"expected a path that can be written at {path}, got {first_line(error)}") from error
 
@@ -108,7 +112,8 @@ class FittedScores:
                 for i, p in enumerate(header["points"])
             }
             layers = {name: LayerRecord(**record) for name, record in header["layers"].items()}
-            return cls(points, layers, header["settings"])
+            energies = {n.removeprefix(_ENERGY): t for n, t in tensors.items() if n.startswith(_ENERGY)}
+            return cls(points, layers, energies, header["settings"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"expected scores saved by diplugin in {path}, got {first_line(error)}") from error
 
@@ -123,18 +128,21 @@ def fit_scores(
     """
     seen = observation or Observation()
     macs: dict[str, float] = {}
+    energies: dict[str, Tensor] = {}
 
     def forward(model: nn.Module, batch: Any) -> Any:
         if macs:
             return seen.forward(model, batch)
         images = len(seen.get_labels(batch))
-        with _counting(model, macs, images):
-            return seen.forward(model, batch)
+        with _counting(model, macs, images), measuring(model, weighted_layers(model)) as meter:
+            output = seen.forward(model, batch)
+        energies.update(meter.energies())
+        return output
 
     scores = score_points(model, loader, points, replace(seen, forward=forward))
     layers = {name: record_of(layer, macs.get(name, 0.0)) for name, layer in weighted_layers(model).items()}
     settings = {"rho": seen.rho, "chunk_size": seen.chunk_size, "class_weight": seen.class_weight}
-    return FittedScores(scores, layers, settings)
+    return FittedScores(scores, layers, energies, settings)
 
 
 def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:

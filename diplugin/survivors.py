@@ -42,8 +42,8 @@ class Survivors:
         self.fewer = False
 
     def of(self, point: TapPoint, scores: Tensor) -> Tensor:
-        """The scores of the channels that are left."""
-        return scores[self._alive[point]]
+        """The scores of the channels that are left; all of them for a tensor that is not followed."""
+        return scores[self._alive[point]] if point in self._alive else scores
 
     def count(self, point: TapPoint) -> int | None:
         """Channels that a tensor should have now; None for one that was not scored."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from diplugin_torch_pruning import DIImportance
+from diplugin_torch_pruning import PLAIN, DIImportance
 from torch import Tensor, nn
 
 import diplugin
@@ -90,7 +90,7 @@ def pruner_of(model: nn.Module, importance: DIImportance, kind=tp.pruner.BasePru
 
 def test_scores_are_those_of_the_tensor_that_the_next_layer_reads():
     model, (x, y) = make(), data()
-    importance = DIImportance().fit(model, [(x, y)])
+    importance = DIImportance(**PLAIN).fit(model, [(x, y)])
     with torch.no_grad():
         model.eval()
         seen = F.relu(model.bn1(model.conv1(F.relu(model.bn(model.stem(x))))))
@@ -110,7 +110,7 @@ def test_residual_group_puts_its_readers_together_as_the_tap_says():
     group, scores = group_of(model, "stem"), {}
     for combine in (Total(), Largest(), None):
         tap = diplugin.taps.AfterActivation(combine) if combine else None
-        importance = DIImportance(tap=tap).fit(model, [data()])
+        importance = DIImportance(tap=tap, **PLAIN).fit(model, [data()])
         scores[type(combine).__name__] = importance(group)
     points = {p.layer: s.scores for p, s in importance.fitted.points.items() if p.side == "in"}
     stack = torch.stack([points["conv1"], points["conv3"], points["short"]]).float()
@@ -181,7 +181,7 @@ def test_interactive_pruning():
 
 def test_iterative_steps_rank_survivors_by_the_scores_of_the_fitted_network():
     model, (x, y) = make(), data()
-    importance = DIImportance().fit(model, [(x, y)])
+    importance = DIImportance(**PLAIN).fit(model, [(x, y)])
     kept = importance(group_of(model, "conv1")).argsort()[6:].sort().values
     want = model.conv1.weight.detach()[kept]
     stem = model.stem
@@ -216,7 +216,8 @@ def test_refit_scores_the_network_as_it_is():
 def test_per_cost_divides_by_the_macs_that_a_channel_frees():
     model = make()
     batch = data()
-    plain, per = DIImportance().fit(model, [batch]), DIImportance(per_cost=MACs()).fit(model, [batch])
+    plain = DIImportance(**PLAIN).fit(model, [batch])
+    per = DIImportance(**{**PLAIN, "per_cost": MACs()}).fit(model, [batch])
     freed = (8 * 9 * 64 + 8 * 9 * 64) / per.fitted.macs
     group = group_of(model, "conv1")
     torch.testing.assert_close(per(group), plain(group) / freed)
@@ -244,9 +245,9 @@ def test_explanation_names_the_tensors():
 
 def test_save_and_load(tmp_path):
     model = make()
-    importance = DIImportance(rho=3.0, per_cost=MACs()).fit(model, [data()])
+    importance = DIImportance(rho=3.0).fit(model, [data()])
     importance.save(tmp_path / "scores.safetensors")
-    loaded = DIImportance.load(tmp_path / "scores.safetensors", per_cost=MACs())
+    loaded = DIImportance.load(tmp_path / "scores.safetensors")
     for name in ("stem", "conv1"):
         group = group_of(copy.deepcopy(model), name)
         torch.testing.assert_close(loaded(group), importance(group))

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from diplugin_torch_pruning import DIImportance
+from diplugin_torch_pruning import PLAIN, DIImportance
 from torch import Tensor, nn
 
 from diplugin.discriminant import absolute_ridge, channel_scores, discriminant_information
@@ -269,7 +269,7 @@ def fitted(kind: Kind, **options: Any) -> tuple[nn.Module, DIImportance, Tensor]
     torch.manual_seed(3)
     model = kind.net().double().eval()
     labels = torch.arange(IMAGES) % 3
-    return model, DIImportance(rho=RHO, **options).fit(model, [(inputs_of(kind), labels)]), labels
+    return model, DIImportance(rho=RHO, **{**PLAIN, **options}).fit(model, [(inputs_of(kind), labels)]), labels
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -339,7 +339,7 @@ def test_a_reordered_concat_on_which_taylor_misranks() -> None:
     straight.e.weight.data = straight.e.weight.data[:, [6, 7, 8, 0, 1, 2, 3, 4, 5]]
     x = inputs_of(kind)
     torch.testing.assert_close(straight(*x), model(*x))
-    ours = DIImportance(rho=RHO).fit(straight, [(x, labels)])
+    ours = DIImportance(rho=RHO, **PLAIN).fit(straight, [(x, labels)])
     torch.testing.assert_close(importance(group_of(model, kind)), ours(group_of(straight, kind)))
     for net in (model, straight):
         net(*x)[:, 0].pow(2).mean().backward()

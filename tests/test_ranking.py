@@ -1,0 +1,42 @@
+"""Losses handed out along another order, and the floor that a threshold spares."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diplugin.ranking import ByBoth, ByEnergy, ByLoss, hand_out, lift_best
+
+numbers = st.lists(st.floats(0.0, 10.0, allow_subnormal=False), min_size=2, max_size=12)
+
+
+@given(numbers, st.integers(0, 10**6))
+def test_handing_out_permutes_the_losses_into_the_order_of_the_values(losses: list[float], seed: int) -> None:
+    given_losses = torch.tensor(losses, dtype=torch.float64)
+    values = torch.randperm(len(losses), generator=torch.Generator().manual_seed(seed)).double()
+    given_out = hand_out(given_losses, values)
+    torch.testing.assert_close(given_out.sort().values, given_losses.sort().values)
+    assert (given_out[values.argsort()].diff() >= 0).all()
+
+
+def test_units_keep_together() -> None:
+    losses, values = torch.tensor([3.0, 1.0, 30.0, 10.0]), torch.tensor([0.0, 5.0, 0.1, 5.0])
+    assert hand_out(losses, values, blocks=2).tolist() == [1.0, 3.0, 10.0, 30.0]
+    assert lift_best(losses, 0.5, 100.0, blocks=2).tolist() == [103.0, 1.0, 130.0, 10.0]
+
+
+def test_rankings() -> None:
+    losses, energies = torch.tensor([1.0, 4.0, 2.0]).double(), torch.tensor([9.0, 1.0, 2.0]).double()
+    assert ByLoss()(losses, energies).tolist() == losses.tolist()
+    assert ByEnergy()(losses, energies).tolist() == energies.tolist()
+    assert ByBoth()(losses, energies).argsort().tolist() == [1, 2, 0]
+    assert ByBoth(0.0)(losses, energies).argsort().tolist() == losses.argsort().tolist()
+    for ranking in (ByEnergy(), ByBoth()):
+        assert ranking(losses, None) is losses
+
+
+def test_a_floor_of_nothing_changes_nothing() -> None:
+    scores = torch.tensor([1.0, 2.0])
+    assert lift_best(scores, 0.0, 5.0).tolist() == [1.0, 2.0]
+    assert lift_best(scores, 1.0, 5.0).tolist() == [6.0, 7.0]
