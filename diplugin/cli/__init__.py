@@ -15,7 +15,7 @@ from ..errors import DipluginError
 
 # One module a family of commands, each with `add_parser(subparsers)`.
 COMMANDS = (
-    "demo", "compress", "score", "compare", "profile", "tables", "measure", "export", "validate", "report",
+    "demo", "compress", "score", "compare", "profile", "tables", "measure", "quantize", "export", "validate", "report",
 )  # fmt: skip
 
 

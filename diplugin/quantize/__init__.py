@@ -14,7 +14,7 @@ from .allocation import BitAllocation
 from .export import QuantizedExport, export_model
 from .onnx_file import JoinedWeights, SplitLayers
 from .rounding import CompensatedRounding, NearestRounding
-from .run import QuantizedResult, export_quantized, quantize
+from .run import QuantizedResult, Quantizer, export_quantized, quantize
 from .run_folder import quantize_run, read_bits
 from .settings import Bits, EndLayers
 from .strategies import DIBits, MagnitudeBits, OutputErrorBits, RandomBits, UniformBits
@@ -31,6 +31,7 @@ __all__ = [
     "OutputErrorBits",
     "QuantizedExport",
     "QuantizedResult",
+    "Quantizer",
     "RandomBits",
     "SplitLayers",
     "UniformBits",

@@ -126,7 +126,7 @@ def least_damage(damage: Mapping[str, np.ndarray], choice: Choice, limits: Seque
     Raises:
         InfeasibleBudget: not even the lowest widths hold the limits; names what they cost.
     """
-    check_feasible(choice, limits)
+    start = cheapest(choice, limits)
     tables = {layer: _falling(damage[layer]) for layer in choice.widths}
     prices = {
         layer: np.array([sum(limit.cost.channel(layer, b) / limit.most for limit in limits) for b in widths])
@@ -146,7 +146,7 @@ def least_damage(damage: Mapping[str, np.ndarray], choice: Choice, limits: Seque
     best = at(2.0**low)
     if all(limit.holds(best) for limit in limits):
         return best
-    best = choice.lowest()
+    best = start
     for _ in range(50):
         middle = (low + high) / 2
         bits = at(2.0**middle)
@@ -157,16 +157,25 @@ def least_damage(damage: Mapping[str, np.ndarray], choice: Choice, limits: Seque
     return _spend_rest(best, tables, choice, limits)
 
 
-def check_feasible(choice: Choice, limits: Sequence[Limit]) -> None:
-    """Raise InfeasibleBudget if the lowest widths miss a limit."""
-    lowest = choice.lowest()
-    for limit in limits:
-        reached = limit.cost.total(lowest)
-        if reached > limit.most:
-            raise InfeasibleBudget(
-                f"expected {limit.cost.name} of at most {limit.most:.4g}, the smallest reachable is {reached:.4g} "
-                f"with every channel at its lowest width; raise the budget or prune first"
-            )
+def cheapest(choice: Choice, limits: Sequence[Limit]) -> dict[str, np.ndarray]:
+    """Bits that hold every limit with every channel about as low as it may be.
+
+    Raises:
+        InfeasibleBudget: there are none.
+    """
+    above_zero = {layer: next((b for b in widths if b), 0) for layer, widths in choice.widths.items()}
+    candidates = [choice.lowest(), {layer: np.full(choice.channels[layer], b) for layer, b in above_zero.items()}]
+    for bits in candidates:
+        if all(limit.holds(bits) for limit in limits):
+            return bits
+    reached, limit = max(
+        ((min(limit.cost.total(bits) for bits in candidates), limit) for limit in limits),
+        key=lambda pair: pair[0] / pair[1].most,
+    )
+    raise InfeasibleBudget(
+        f"expected {limit.cost.name} of at most {limit.most:.4g}, the smallest reachable is {reached:.4g} with every "
+        f"channel at its lowest width; raise the budget or prune first"
+    )
 
 
 def _falling(damage: np.ndarray) -> np.ndarray:

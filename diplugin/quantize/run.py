@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from .folding import fold_batchnorm
 from .grid import ActivationGrid, WeightGrid, fit_activation_grid
 from .observe import LayerStatistics, observe
 from .settings import Bits
-from .strategies import Task
+from .strategies import BitStrategy, Task
 
 
 @dataclass(frozen=True)
@@ -90,30 +91,13 @@ def quantize(
     """
     bits = bits or Bits()
     bits = replace(bits, budgets=tuple(budgets)) if budgets is not None else bits
-    _check_weights(model)
-    folded = fold_batchnorm(copy.deepcopy(model).float(), example_inputs)
-    seen = observe(folded, loader, images=bits.images, rho=bits.rho, get_labels=get_labels, forward=forward,
-                   seed=bits.seed)  # fmt: skip
-    kept_float = _kept_float(folded, seen)
-    statistics = {name: s for name, s in seen.items() if name not in kept_float}
-    if not statistics:
-        raise ModelError("expected a convolution or linear layer that can be quantized, the model runs none")
-    bench = _Bench(folded, statistics, bits)
-    shapes = {name: bench.shape(name) for name in statistics}
-    size = _size_model(bench, shapes, example_inputs, bits)
-    operations = BitOperations(shapes)
-    task = replace(bench.task, limits=tuple(_limit(budget, size, operations, shapes) for budget in bits.budgets))
-    chosen = bits.strategy.allocate(task)
-    quantized = bench.build(chosen)
+    quantizer = Quantizer(model, loader, example_inputs, bits, get_labels=get_labels, forward=forward)
+    result = quantizer.spend(bits.strategy, bits.budgets)
     if bits.finetune is not None:
-        train(quantized, training_loader if training_loader is not None else loader, bits.finetune,
+        train(result.model, training_loader if training_loader is not None else loader, bits.finetune,
               teacher=teacher if teacher is not None else model, seed=bits.seed, get_labels=get_labels,
-              forward=forward)  # fmt: skip
-    allocation = BitAllocation({layer: tuple(int(b) for b in widths) for layer, widths in chosen.items()})
-    return QuantizedResult(
-        quantized.eval(), allocation, size.total(chosen), size.total(_uniform8(shapes)), operations.total(chosen),
-        kept_float, {name: shape.weights for name, shape in shapes.items()}, bits,
-    )  # fmt: skip
+              forward=forward).eval()  # fmt: skip
+    return result
 
 
 def export_quantized(result: QuantizedResult, path: str | Path, example_inputs: tuple[Any, ...]) -> QuantizedExport:
@@ -121,30 +105,95 @@ def export_quantized(result: QuantizedResult, path: str | Path, example_inputs: 
     return export_model(result.model, path, example_inputs, layout=result.bits.layout)
 
 
-class _Bench:
-    """The folded model with what was observed of it, ready to be built at any bits."""
+class Quantizer:
+    """A model made ready once, to be quantized by several strategies under several budgets.
 
-    def __init__(self, model: nn.Module, statistics: Mapping[str, LayerStatistics], bits: Bits) -> None:
-        self.model, self.statistics, self.bits = model, statistics, bits
-        self.device = device_of(model)
-        names = list(statistics)
-        fixed = bits.ends.fixed(names)
-        widths = {name: (fixed[name],) if name in fixed else tuple(sorted(set(bits.widths))) for name in names}
-        channels = {name: len(model.get_submodule(name).weight) for name in names}  # pyright: ignore
-        cpu_model = copy.deepcopy(model).cpu()
-        self.task = Task(cpu_model, statistics, Choice(widths, channels), (), bits.rounding, bits.weight_scale_bits)
-        self.grids: dict[str, ActivationGrid] = {
+    Arguments and errors are those of `quantize`; `bits.strategy`, `bits.budgets` and `bits.finetune` are not used.
+
+    Attributes:
+        kept_float: layer -> why it stays in float.
+        task: what strategies may know, without limits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        example_inputs: tuple[Any, ...],
+        bits: Bits | None = None,
+        *,
+        get_labels: GetLabels = labels_of,
+        forward: Forward = forward_inputs,
+    ) -> None:
+        self.bits = bits = bits or Bits()
+        _check_weights(model)
+        self._device = device_of(model)
+        folded = fold_batchnorm(copy.deepcopy(model).float(), example_inputs)
+        seen = observe(folded, loader, images=bits.images, rho=bits.rho, get_labels=get_labels, forward=forward,
+                       seed=bits.seed)  # fmt: skip
+        self.kept_float = _kept_float(folded, seen)
+        self._statistics = {name: s for name, s in seen.items() if name not in self.kept_float}
+        if not self._statistics:
+            raise ModelError("expected a convolution or linear layer that can be quantized, the model runs none")
+        self.task = Task(
+            folded.cpu(), self._statistics, self._choice(folded), (), bits.rounding, bits.weight_scale_bits
+        )
+        self._grids: dict[str, ActivationGrid] = {
             name: fit_activation_grid(torch.cat(s.samples), significant_bits=bits.activation_scale_bits)
-            for name, s in statistics.items()
+            for name, s in self._statistics.items()
         }
+        self._shapes = {name: self._shape(name) for name in self._statistics}
+        self._operations = BitOperations(self._shapes)
+        self._size = self._size_model(example_inputs)
 
-    def shape(self, layer: str) -> LayerShape:
+    def spend(self, strategy: BitStrategy, budgets: Sequence[Budget]) -> QuantizedResult:
+        """Allocate bits within the budgets and build the model.
+
+        Raises:
+            InfeasibleBudget: a budget is below the smallest reachable cost.
+        """
+        widths = strategy.allocate(replace(self.task, limits=tuple(self._limit(budget) for budget in budgets)))
+        return self.at(widths)
+
+    def at(self, widths: Mapping[str, np.ndarray]) -> QuantizedResult:
+        """The model with these bits per channel: layer -> [C] out of 0, 2, 4, 8, for every quantized layer."""
+        allocation = BitAllocation({layer: tuple(int(b) for b in row) for layer, row in widths.items()})
+        return QuantizedResult(
+            self._build(widths).eval(), allocation, self._size.total(widths), self._size.total(self.uniform(8)),
+            self._operations.total(widths), self.kept_float, {n: s.weights for n, s in self._shapes.items()}, self.bits,
+        )  # fmt: skip
+
+    def uniform(self, width: int) -> dict[str, np.ndarray]:
+        """The same bits for every channel of every quantized layer."""
+        return {name: np.full(shape.channels, width) for name, shape in self._shapes.items()}
+
+    def _choice(self, model: nn.Module) -> Choice:
+        names = list(self._statistics)
+        fixed = self.bits.ends.fixed(names)
+        free = tuple(sorted(set(self.bits.widths)))
+        channels = {name: len(model.get_submodule(name).weight) for name in names}  # pyright: ignore
+        return Choice({name: (fixed[name],) if name in fixed else free for name in names}, channels)
+
+    def _shape(self, layer: str) -> LayerShape:
         weight = self.task.weight(layer)
-        return LayerShape(len(weight), weight.shape[1], self.statistics[layer].macs)
+        return LayerShape(len(weight), weight.shape[1], self._statistics[layer].macs)
 
-    def build(self, chosen: Mapping[str, np.ndarray]) -> nn.Module:
+    def _size_model(self, example_inputs: tuple[Any, ...]) -> FileSize:
+        """File size by bits; what does not depend on them is read off a real file with 8 bits everywhere."""
+        size, uniform = FileSize(self._shapes, self.bits.layout.overhead), self.uniform(8)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "uniform8.onnx"
+            written = export_model(self._build(uniform), path, example_inputs, layout=self.bits.layout)
+        return replace(size, fixed=written.size_mb - size.total(uniform))
+
+    def _limit(self, budget: Budget) -> Limit:
+        cost = self._size if budget.cost == "size_mb" else self._operations
+        most = budget.limit if budget.limit is not None else float(budget.fraction or 0) * cost.total(self.uniform(8))
+        return Limit(cost, most)
+
+    def _build(self, chosen: Mapping[str, np.ndarray]) -> nn.Module:
         """The fake-quantized model: each channel's row as rounded at its width, biases making up for the mean error."""
-        model = copy.deepcopy(self.model).cpu()
+        model = copy.deepcopy(self.task.model)
         for name, widths in chosen.items():
             layer: Any = model.get_submodule(name)
             exact = self.task.weight(name)
@@ -153,13 +202,13 @@ class _Bench:
                 rows = torch.from_numpy(np.flatnonzero(widths == width))
                 rounded = self.task.rounded(name, width)
                 values[rows], scale[rows] = rounded.values[rows], rounded.grid.scale[rows]
-            put_on_grid(layer, WeightGrid(torch.from_numpy(widths.astype(np.int64)), scale), self.grids[name])
+            put_on_grid(layer, WeightGrid(torch.from_numpy(widths.astype(np.int64)), scale), self._grids[name])
             layer.weight = values.view_as(layer.weight)
             layer.bias = layer.bias.detach() + self._mean_error(name, exact - values)
-        return model.to(self.device)
+        return model.to(self._device)
 
     def _mean_error(self, layer: str, error: torch.Tensor) -> torch.Tensor:
-        statistics = self.statistics[layer]
+        statistics = self._statistics[layer]
         mean = (statistics.mean / max(1, statistics.patches)).float()
         return torch.einsum("gcd,gd->gc", error.view(len(mean), -1, error.shape[1]), mean).flatten()
 
@@ -186,27 +235,3 @@ def _kept_float(model: nn.Module, seen: Mapping[str, LayerStatistics]) -> dict[s
         elif seen[name].repeated:
             reasons[name] = f"{kind} is called more than once in a forward pass"
     return reasons
-
-
-def _uniform8(shapes: Mapping[str, LayerShape]) -> dict[str, np.ndarray]:
-    return {name: np.full(shape.channels, 8) for name, shape in shapes.items()}
-
-
-def _size_model(
-    bench: _Bench, shapes: Mapping[str, LayerShape], example_inputs: tuple[Any, ...], bits: Bits
-) -> FileSize:
-    """File size by bits; the part that does not depend on them is read off a real file with 8 bits everywhere."""
-    import tempfile
-
-    model = FileSize(shapes, bits.layout.overhead)
-    uniform = _uniform8(shapes)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "uniform8.onnx"
-        written = export_model(bench.build(uniform), path, example_inputs, layout=bits.layout)
-    return replace(model, fixed=written.size_mb - model.total(uniform))
-
-
-def _limit(budget: Budget, size: FileSize, operations: BitOperations, shapes: Mapping[str, LayerShape]) -> Limit:
-    cost = size if budget.cost == "size_mb" else operations
-    most = budget.limit if budget.limit is not None else float(budget.fraction or 0) * cost.total(_uniform8(shapes))
-    return Limit(cost, most)

@@ -92,7 +92,7 @@ def checking_inputs(loader: Iterable[Any], example_inputs: tuple[Any, ...]) -> t
         isinstance(x, torch.Tensor) and isinstance(e, torch.Tensor) and x.shape[1:] == e.shape[1:]
         for x, e in zip(images, example_inputs, strict=True)
     ):
-        return tuple(x[:8] for x in images)
+        return tuple(x[:8] for x in images)  # pyright: ignore[reportOptionalSubscript]
     return example_inputs
 
 

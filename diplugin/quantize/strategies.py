@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .allocation import Choice, Limit, check_feasible, least_damage
+from .allocation import Choice, Limit, cheapest, least_damage
 from .grid import WeightGrid, fit_weight_grid
 from .observe import LayerStatistics
 from .rounding import Rounding
@@ -175,9 +175,8 @@ class UniformBits:
     name: str = "uniform"
 
     def allocate(self, task: Task) -> dict[str, np.ndarray]:
-        check_feasible(task.choice, task.limits)
         above_zero = sorted({b for widths in task.choice.widths.values() for b in widths if b})
-        best = task.choice.lowest()
+        best = cheapest(task.choice, task.limits)
         for narrow, wide in zip(above_zero, [*above_zero[1:], above_zero[-1]], strict=True):
             for share in np.linspace(0, 1, 65):
                 bits = {layer: self._layer(task.choice, layer, narrow, wide, share) for layer in task.choice.widths}

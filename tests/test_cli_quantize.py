@@ -1,0 +1,73 @@
+"""`diplugin quantize` on a real run folder, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from diplugin import Budget, compress
+from diplugin.cli import main
+from diplugin.export import onnx_accuracy
+from diplugin.quantize import read_bits
+
+SOURCE = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2),
+                         nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4))
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    y = torch.arange(120) % 4
+    x = torch.randn(120, 3, 8, 8, generator=generator) + y.view(-1, 1, 1, 1)
+    return DataLoader(TensorDataset(x, y), batch_size=40)
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    (tmp_path / "tiny_for_bits.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import tiny_for_bits
+
+    loader = tiny_for_bits.data()
+    compress(tiny_for_bits.net().eval(), loader, example_inputs=(next(iter(loader))[0][:1],),
+             budgets=[Budget("macs", fraction=0.8)], images=100, out=tmp_path / "run")  # fmt: skip
+    return tmp_path / "run"
+
+
+def test_a_run_gets_its_quantized_file_and_figures(run, capsys):
+    import tiny_for_bits
+
+    command = ["quantize", str(run), "tiny_for_bits:data", "--model", "tiny_for_bits:net", "--images", "100"]
+    code = main([*command, "--budget", "size_mb=0.95"])
+    assert code == 0, capsys.readouterr().err
+    assert "bits a weight" in capsys.readouterr().out
+    figures = json.loads((run / "metrics.json").read_text())["quantized"]
+    size = (run / "quantized.onnx").stat().st_size / 1e6
+    assert figures["size_mb"] == pytest.approx(size) and size <= 0.95 * figures["size_mb_uniform8"] * 1.02
+    assert figures["relative_difference"] <= 1e-3
+    allocation, rest = read_bits(run)
+    assert rest["size_mb"] == figures["size_mb"]
+    assert set(allocation.bits) == {"0", "3", "8"}
+    assert 0 <= onnx_accuracy(run / "quantized.onnx", tiny_for_bits.data()) <= 1
+    assert "Bits" in (run / "report.html").read_text()
+
+    assert main([*command, "--budget", "size_mb=1KB"]) == 3
+    assert "smallest reachable" in capsys.readouterr().err
+    assert main([*command, "--budget", "macs=0.5"]) == 2
+    assert "size_mb or bops" in capsys.readouterr().err
+    assert read_bits(run)[0] == allocation
+
+
+def test_a_folder_that_holds_no_run(tmp_path, capsys):
+    command = ["quantize", str(tmp_path), "digits", "--model", "nowhere:net", "--budget", "size_mb=0.5"]
+    assert main(command) == 2
+    assert "plan.json" in capsys.readouterr().err

@@ -1,0 +1,313 @@
+"""Quantization end to end on tiny networks: against plain float arithmetic, brute-force DI and ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diplugin import Budget
+from diplugin.discriminant import absolute_ridge, channel_scores, label_targets
+from diplugin.errors import BudgetError, DataError, InfeasibleBudget, ModelError, UserError
+from diplugin.export import run_onnx
+from diplugin.quantize import (
+    BitAllocation,
+    Bits,
+    DIBits,
+    EndLayers,
+    JoinedWeights,
+    MagnitudeBits,
+    OutputErrorBits,
+    Quantizer,
+    RandomBits,
+    SplitLayers,
+    UniformBits,
+    export_model,
+    export_quantized,
+    quantize,
+)
+from diplugin.quantize.fake import layers_on_grid
+from diplugin.quantize.folding import fold_batchnorm, foldable_pairs
+from diplugin.quantize.strategies import di_damage, output_error
+from diplugin.recovery import FineTuning
+
+FREE_ENDS = EndLayers(None, None)
+# Every export takes a second or two: kinds that the others cover are only folded.
+EXPORTED = ["residual", "depthwise", "grouped", "tokens", "transposed"]
+KINDS = ["plain", "vgg", "residual", "option_a", "depthwise", "grouped", "dense", "tokens", "transposed"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folding_changes_no_output(make_net, kind):
+    model, inputs = make_net(kind, batch=3)
+    model.eval()
+    expected = model(*inputs)
+    norms = sum(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in model.modules())
+    folded = fold_batchnorm(model, inputs)
+    left = sum(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in folded.modules())
+    torch.testing.assert_close(folded(*inputs), expected, rtol=1e-3, atol=1e-4)
+    assert left == 0 or kind in ("dense", "tokens", "transposed"), (norms, left)
+
+
+def test_a_batchnorm_that_is_not_the_only_reader_is_not_folded():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.norm(y) + y
+
+    assert foldable_pairs(Shared(), (torch.randn(2, 3, 4, 4),)) == []
+
+
+def prepared(make_net, make_images, kind="residual", bits=None):
+    model, _ = make_net(kind)
+    images = make_images(80)
+    loader = images.loader(40)
+    return model.eval(), loader, (loader[0][0][:1],), bits or Bits(ends=FREE_ENDS, images=80)
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_onnx_runtime_computes_what_the_fake_quantized_model_computes(make_net, make_images, kind, tmp_path):
+    model, loader, example, bits = prepared(make_net, make_images, kind)
+    try:
+        quantizer = Quantizer(model, loader, example, bits)
+    except ModelError as error:
+        pytest.skip(str(error))
+    generator = np.random.default_rng(0)
+    uniform = quantizer.uniform(8)
+    mixed = {name: generator.choice([0, 2, 4, 8], len(row)) for name, row in uniform.items()}
+    for row in mixed.values():
+        row[0] = 4
+    result = quantizer.at(mixed)
+    written = export_quantized(result, tmp_path / "q.onnx", (loader[0][0][:8],))
+    x = loader[1][0]
+    with torch.no_grad():
+        expected = result.model(x)
+    got = torch.from_numpy(run_onnx(written.path, (x,))[0])
+    assert (got - expected).norm() <= 1e-3 * expected.norm()
+    # A tiny file is nearly all overhead: the prediction is held to a few bytes a layer instead of two per cent.
+    size = written.path.stat().st_size
+    assert abs(result.size_mb * 1e6 - size) <= max(0.02 * size, 40 * len(mixed))
+
+
+def test_layers_of_one_width_each_and_split_layers(make_net, make_images, tmp_path):
+    model, loader, example, _ = prepared(make_net, make_images, "plain")
+    quantizer = Quantizer(model, loader, example, Bits(ends=FREE_ENDS, images=80))
+    for layout, widths in ((JoinedWeights(), (2,)), (JoinedWeights(), (4,)), (SplitLayers(), (2, 8, 4))):
+        result = quantizer.at({n: np.resize(widths, len(row)) for n, row in quantizer.uniform(8).items()})
+        written = export_model(result.model, tmp_path / "q.onnx", (loader[0][0][:8],), layout=layout)
+        assert written.relative_difference <= 1e-3
+        assert written.opset == (25 if 2 in widths else 21)
+
+
+def test_stored_bits_take_their_true_size(make_images, tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 64, 3)).eval()
+    loader = make_images(20).loader(20)
+    quantizer = Quantizer(net, loader, (loader[0][0][:1],), Bits(ends=FREE_ENDS, images=20))
+    sizes = {}
+    for width in (2, 4, 8):
+        result = quantizer.at(quantizer.uniform(width))
+        sizes[width] = export_quantized(result, tmp_path / "q.onnx", (loader[0][0],)).size_mb
+        assert result.size_mb == pytest.approx(sizes[width], rel=0.02)
+    weights = sum(m.weight.numel() for m in net if isinstance(m, nn.Conv2d))
+    assert (sizes[8] - sizes[4]) * 1e6 == pytest.approx(weights / 2, rel=0.01)
+    assert (sizes[4] - sizes[2]) * 1e6 == pytest.approx(weights / 4, rel=0.01)
+
+
+def test_grid_values_in_the_model_and_float_where_it_was(make_net, make_images, state_of, assert_same_state):
+    model, loader, example, bits = prepared(make_net, make_images)
+    before = state_of(model)
+    result = quantize(model, loader, example, bits, budgets=[Budget("size_mb", fraction=0.8)])
+    assert_same_state(model, before)
+    for name, layer in layers_on_grid(result.model):
+        for row, width in zip(layer.weight.detach().flatten(1), result.allocation.bits[name], strict=True):
+            assert len(row.unique()) <= 2**width
+            assert width or not row.any()
+
+
+def test_eight_bits_are_near_the_float_model(make_net, make_images):
+    model, loader, example, bits = prepared(make_net, make_images)
+    quantizer = Quantizer(model, loader, example, bits)
+    expected = model(loader[0][0])
+    difference = quantizer.at(quantizer.uniform(8)).model(loader[0][0]) - expected
+    assert difference.norm() < 0.05 * expected.norm()
+
+
+def test_every_strategy_keeps_the_budget(make_net, make_images):
+    model, loader, example, bits = prepared(make_net, make_images)
+    quantizer = Quantizer(model, loader, example, bits)
+    eight = quantizer.at(quantizer.uniform(8))
+    for strategy in (DIBits(), OutputErrorBits(), UniformBits(), MagnitudeBits(), RandomBits(3)):
+        for figure in ("size_mb", "bops"):
+            result = quantizer.spend(strategy, [Budget(figure, fraction=0.75)])
+            assert getattr(result, figure) <= 0.75 * getattr(eight, figure)
+            assert set(result.allocation.bits) == set(quantizer.uniform(8))
+
+
+def test_bit_operations_are_counted_on_the_layers(make_net, make_images):
+    model, loader, example, bits = prepared(make_net, make_images, "plain")
+    quantizer = Quantizer(model, loader, example, bits)
+    macs = 0
+
+    def count(layer, args, output):
+        nonlocal macs
+        macs += output[0].numel() * layer.weight[0].numel()
+
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    model(*example)
+    for handle in handles:
+        handle.remove()
+    assert quantizer.at(quantizer.uniform(4)).bops == macs * 4 * 8
+
+
+def chunk_di_scores(module, inputs, labels, error, rho):
+    """2ρ‖EᵀZ‖²/‖Y‖² from whole maps in float64: the definition, without label images."""
+    plain = nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
+    plain.double().weight.data = module.weight.detach().double()
+    maps = plain(inputs.double()).detach()
+    errors = nn.functional.conv2d(inputs.double(), error.double(), None, module.stride, module.padding)
+    x = maps.flatten(1) - maps.flatten(1).mean(0)
+    ridge = absolute_ridge(maps, rho)
+    y = label_targets(labels)
+    solution = torch.linalg.solve(x @ x.T + ridge * torch.eye(len(x), dtype=x.dtype), y)
+    e = (errors - errors.mean(0)).flatten(2)
+    return 2 * ridge * torch.einsum("ncp,nl->cpl", e, solution).square().sum((1, 2)) / y.square().sum()
+
+
+def test_di_damage_is_the_di_score_of_the_error_map(make_images):
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)).eval()
+    images = make_images(60)
+    loader = images.loader(60)
+    x, labels = loader[0]
+    quantizer = Quantizer(net, loader, (x[:1],), Bits(ends=FREE_ENDS, images=60))
+    for width in (2, 4):
+        error = quantizer.task.rounded("0", width).values.view(net[0].weight.shape) - net[0].weight.detach()
+        expected = chunk_di_scores(net[0], x, labels, error, rho=10.0)
+        np.testing.assert_allclose(di_damage(quantizer.task, "0", width), expected.numpy(), rtol=1e-3)
+    own = channel_scores(net[0](x).detach(), labels)
+    np.testing.assert_allclose(di_damage(quantizer.task, "0", 0), own.numpy(), rtol=1e-3)
+
+
+def test_first_order_perturbation_predicts_the_change_of_di_by_rounding(make_images):
+    """`perturbation_scores` against brute force: DI recomputed with one channel's rounded map, ridge fixed."""
+    from diplugin.discriminant import discriminant_information, perturbation_scores
+
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(320, 4)).eval()
+    x, labels = make_images(60).loader(60)[0]
+    quantizer = Quantizer(net, [(x, labels)], (x[:1],), Bits(ends=FREE_ENDS, images=60))
+    maps = net[0](x).detach().double()
+    ridge = absolute_ridge(maps)
+    base = discriminant_information(maps, labels, ridge=ridge)
+    for width, tolerance in ((8, 0.02), (4, 0.2)):
+        error = quantizer.task.rounded("0", width).values.view(net[0].weight.shape) - net[0].weight.detach()
+        errors = nn.functional.conv2d(x, error, None, padding=1).double()
+        predicted = perturbation_scores(maps, errors, labels, ridge=ridge)
+        for channel in range(5):
+            changed = maps.clone()
+            changed[:, channel] += errors[:, channel]
+            brute = discriminant_information(changed, labels, ridge=ridge) - base
+            scale = predicted.abs().max()
+            assert abs(float(brute - predicted[channel])) <= tolerance * float(scale)
+
+
+def test_output_error_is_the_variance_of_the_error_map(make_images):
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4)).eval()
+    x, labels = make_images(60).loader(60)[0]
+    quantizer = Quantizer(net, [(x, labels)], (x[:1],), Bits(ends=FREE_ENDS, images=60))
+    error = quantizer.task.rounded("0", 4).values.view(net[0].weight.shape) - net[0].weight.detach()
+    maps = nn.functional.conv2d(x, net[0].weight, net[0].bias)
+    expected = nn.functional.conv2d(x, error).transpose(0, 1).flatten(1).var(1, correction=0)
+    spread = maps.transpose(0, 1).flatten(1).var(1, correction=0).mean()
+    np.testing.assert_allclose(output_error(quantizer.task, "0", 4), (expected / spread).detach().numpy(), rtol=1e-3)
+
+
+def test_ends_keep_their_width(make_net, make_images):
+    model, loader, example, _ = prepared(make_net, make_images)
+    result = quantize(model, loader, example, Bits(ends=EndLayers(8, 4), images=80),
+                      budgets=[Budget("bops", fraction=0.6)])  # fmt: skip
+    layers = list(result.allocation.bits)
+    assert set(result.allocation.bits[layers[0]]) == {8}
+    assert set(result.allocation.bits[layers[-1]]) == {4}
+
+
+def test_fine_tuning_lowers_the_loss_and_stays_on_the_grids(make_net, make_images, tmp_path):
+    model, loader, example, _ = prepared(make_net, make_images)
+    budgets = [Budget("bops", fraction=0.35)]
+    bits = Bits(ends=FREE_ENDS, images=80)
+    plain = quantize(model, loader, example, bits, budgets=budgets)
+    finetune = FineTuning(epochs=8, lr=0.01)
+    tuned = quantize(model, loader, example, replace(bits, finetune=finetune), budgets=budgets)
+
+    def loss(result):
+        with torch.no_grad():
+            return sum(nn.functional.cross_entropy(result.model(x), labels) for x, labels in loader)
+
+    assert tuned.allocation == plain.allocation
+    assert not tuned.model.training
+    assert loss(tuned) < loss(plain)
+    assert export_quantized(tuned, tmp_path / "q.onnx", (loader[0][0],)).relative_difference <= 1e-3
+
+
+def test_what_cannot_be_quantized_is_named(make_images):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.up = nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 2, 2)
+            self.twice, self.idle, self.head = nn.Conv2d(4, 4, 1), nn.Linear(3, 3), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.twice(self.twice(self.up(self.conv(x)))).mean((2, 3)))
+
+    loader = make_images(40).loader(40)
+    result = quantize(
+        Odd().eval(),
+        loader,
+        (loader[0][0][:1],),
+        Bits(ends=FREE_ENDS, images=40),
+        budgets=[Budget("bops", fraction=0.9)],
+    )
+    assert set(result.kept_float) == {"up", "twice", "idle"}
+    assert "not a kind" in result.kept_float["up"] and "more than once" in result.kept_float["twice"]
+    assert set(result.allocation.bits) == {"conv", "head"}
+
+
+def test_bad_input(make_net, make_images):
+    model, loader, example, bits = prepared(make_net, make_images)
+    with pytest.raises(DataError, match="calibration"):
+        quantize(model, [], example, bits)
+    with pytest.raises(InfeasibleBudget, match="smallest reachable"):
+        quantize(model, loader, example, bits, budgets=[Budget("size_mb", limit=1e-4)])
+    with pytest.raises(BudgetError, match="size_mb or bops"):
+        quantize(model, loader, example, bits, budgets=[Budget("macs", fraction=0.5)])
+    with pytest.raises(BudgetError, match="got none"):
+        Bits(budgets=())
+    with pytest.raises(UserError, match="widths"):
+        Bits(widths=(3,))
+    with pytest.raises(ModelError, match="layer that can be quantized"):
+        quantize(nn.Sequential(nn.ReLU(), nn.Flatten()), loader, example, bits)
+    next(iter(model.parameters())).data[0] = float("nan")
+    with pytest.raises(ModelError, match="finite weights"):
+        quantize(model, loader, example, bits)
+
+
+def test_the_file_is_replaced_whole_or_not_at_all(make_net, make_images, tmp_path):
+    model, loader, example, bits = prepared(make_net, make_images, "plain")
+    result = quantize(model, loader, example, bits, budgets=[Budget("bops", fraction=0.9)])
+    with pytest.raises(UserError, match="can be written"):
+        (tmp_path / "file").write_text("")
+        export_quantized(result, tmp_path / "file" / "q.onnx", example)
+    layer = next(layer for _, layer in layers_on_grid(result.model))
+    layer.input_on_grid.register_forward_hook(lambda m, a, out: out * 2)  # the file cannot know of this
+    with pytest.raises(ModelError, match="nothing was written"):
+        export_quantized(result, tmp_path / "q.onnx", (loader[0][0],))
+    assert not (tmp_path / "q.onnx").exists()
+    assert isinstance(result.allocation, BitAllocation)
