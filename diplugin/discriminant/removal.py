@@ -83,16 +83,20 @@ def backward_elimination(
         return Elimination(torch.arange(steps), problem.x.new_zeros(steps))
     inverse = torch.cholesky_inverse(factor_of(problem.flat.T @ problem.flat, problem.ridge))
     weights = inverse @ cross(problem)
+    names = torch.arange(channels, device=weights.device)
     alive = torch.ones(channels, dtype=torch.bool, device=weights.device)
     order, losses = [], []
-    for _ in range(steps):
+    for step in range(steps):
+        if 2 * (channels - step) <= len(alive):  # rows of channels that left cost as much as the others
+            inverse, weights, names = inverse[alive][:, alive], weights[alive], names[alive]
+            alive = torch.ones(len(names), dtype=torch.bool, device=weights.device)
         loss = torch.where(alive, weights.square().sum(1) / inverse.diagonal().clamp(min=1e-300), torch.inf)
         worst = int(loss.argmin())
         column = inverse[:, worst] / inverse[worst, worst]
-        order.append(worst)
+        order.append(int(names[worst]))
         losses.append(loss[worst])
-        weights -= torch.outer(column, weights[worst].clone())
-        inverse -= torch.outer(column, inverse[worst].clone())
+        weights.addr_(column, weights[worst].clone(), alpha=-1)
+        inverse.addr_(column, inverse[worst].clone(), alpha=-1)
         alive[worst] = False
     return Elimination(torch.tensor(order, dtype=torch.long), torch.stack(losses) if losses else weights.new_zeros(0))
 

@@ -51,17 +51,23 @@ def validate_network(
         raise ModelError("expected a channel group whose features can be read, this model has none: check trace_groups")
     features, labels = collect(model, loader, list(points.values()), images, get_labels, forward)
     norms = {group.name: filter_norms(model, group) for group in groups}
+    usable = {
+        name: point
+        for name, point in points.items()
+        if len(features.get(point, ())) == len(labels) and float(features[point].var(dim=0).sum()) > 0
+    }
+    if not usable:
+        raise DataError("expected features that vary over the images, one map an image, got none: check model and data")
     return tuple(
         validate_layer(
             name,
             features[point],
             labels,
             rho=rho,
-            importances={"L1": norms[name]} if norms[name] is not None else {},  # type: ignore[dict-item]
+            importances={} if (found := norms[name]) is None else {"L1": found},
             seed=seed,
         )
-        for name, point in points.items()
-        if point in features and float(features[point].var(dim=0).sum()) > 0
+        for name, point in usable.items()
     )
 
 
@@ -142,7 +148,9 @@ def _watch(module: nn.Module, side: str, into: list[Tensor]) -> Any:
             into.append(_on_grid(tensor.detach().movedim(-1, 1) if last else tensor.detach()))
 
     if side == "in":
-        return module.register_forward_pre_hook(lambda _, args: see(args[0]))
+        return module.register_forward_pre_hook(
+            lambda _, args, kwargs: see(next(iter((*args, *kwargs.values())), None)), with_kwargs=True
+        )
     return module.register_forward_hook(lambda _module, _args, output: see(output))
 
 
