@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "adapters")]
 
-from benchmarks.torchvision_models import import_timm, import_torchvision  # noqa: E402
 from diplugin_torch_pruning import DIImportance  # noqa: E402
+
+from benchmarks.torchvision_models import import_timm, import_torchvision  # noqa: E402
 
 SCOPES = {"local": {}, "global": {"global_pruning": True}, "isomorphic": {"global_pruning": True, "isomorphic": True}}
 RATIOS = (0.3, 0.5)
@@ -146,9 +147,11 @@ def prune_copy(model: nn.Module, example: Tensor, importance: Any, scope: dict[s
 
 
 def _fix_attention(model: nn.Module) -> None:
-    """timm's attention keeps its head dimension as a number beside the weights."""
+    """Transformers keep widths as numbers beside their weights."""
     for module in model.modules():
         attention: Any = module
+        if type(module).__name__ == "VisionTransformer" and hasattr(module, "hidden_dim"):
+            attention.hidden_dim = attention.conv_proj.out_channels
         if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "head_dim"):
             attention.head_dim = attention.qkv.out_features // (3 * attention.num_heads)
             attention.attn_dim = attention.num_heads * attention.head_dim
@@ -175,7 +178,8 @@ def run_entry(entry: Entry) -> dict[str, Any]:
     row: dict[str, Any] = {"model": entry.name, "fit": fitted, "seconds": 0.0, "cells": {}}
     for scope, options in SCOPES.items():
         for ratio in RATIOS:
-            theirs = outcome(lambda o=options, r=ratio: prune_copy(model, example, tp.importance.MagnitudeImportance(p=2), o, r))
+            l2 = tp.importance.MagnitudeImportance(p=2)
+            theirs = outcome(lambda o=options, r=ratio, i=l2: prune_copy(model, example, i, o, r))
             ours = outcome(lambda o=options, r=ratio: prune_copy(model, example, importance, o, r))
             row["cells"][f"{scope} {ratio:.0%}"] = (theirs, ours)
     row["seconds"] = time.perf_counter() - start
