@@ -237,6 +237,14 @@ class LatencyTable:
 
         return save_table(self, Path(path))
 
+    @property
+    def quality(self) -> str:
+        """How far predictions can be trusted, in words."""
+        if self.error_band is not None:
+            low, high = self.error_band
+            return f"estimated, four nets in five within -{low:.0%} to +{high:.0%}"
+        return "uncalibrated" if self.calibration is None else self.calibration.text
+
     @cached_property
     def by_key(self) -> Mapping[OpKey, Entry]:
         return {entry.key: entry for entry in self.entries}

@@ -149,8 +149,7 @@ def run_finish(args: argparse.Namespace) -> int:
 
 
 def _tell(table: Any, path: Path) -> int:
-    quality = table.calibration.text if table.calibration is not None else "uncalibrated"
-    print(f"{path}: {len(table.entries)} operators on {table.device}, {table.setting.text}; {quality}")
+    print(f"{path}: {len(table.entries)} operators on {table.device}, {table.setting.text}; {table.quality}")
     from ..latency.quality import findings
 
     for finding in findings(table):

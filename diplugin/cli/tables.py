@@ -62,10 +62,9 @@ def run_show(args: argparse.Namespace) -> int:
     from ..tables import LatencyTable
 
     table = LatencyTable.load(args.table)
-    quality = table.calibration.text if table.calibration is not None else "uncalibrated"
     print(f"{table.name}: {table.origin} on {table.device}{' (EMULATED)' if table.emulated else ''}")
     print(f"{table.setting.text}; steps of {table.alignment.step}, plateaus of {table.alignment.plateau} channels; "
-          f"{table.overhead_ms * 1e3:.1f} µs a call; {quality}")  # fmt: skip
+          f"{table.overhead_ms * 1e3:.1f} µs a call; {table.quality}")  # fmt: skip
     families = staircases(table)
     print(f"{len(table.entries)} operators in {len(families)} families, {len(table.nets)} whole nets")
     for _, keys in families[: args.rows]:

@@ -98,8 +98,7 @@ class LatencyCost(SeparableCost):
     @property
     def text(self) -> str:
         """Where predictions come from and how far they can be trusted, in one line."""
-        quality = "uncalibrated" if self.table.calibration is None else self.table.calibration.text
-        return f"{self.table.origin} on {self.table.device}, {self.table.setting.text}; {quality}"
+        return f"{self.table.origin} on {self.table.device}, {self.table.setting.text}; {self.table.quality}"
 
     def sum_ms(self, widths: Widths) -> float:
         """The plain sum of entries, before calibration."""
