@@ -283,6 +283,7 @@ class _Run:
             result, figures = quantize_run(
                 pruned, self.split.scoring, self.measure.inputs, self.bits,
                 folder=self.folder.path, teacher=teacher, judge=self.measure.judge,
+                training_loader=self.split.training,
             )  # fmt: skip
         costs = {key: self.final[key] for key in ("macs", "params", "memory_mb")}
         self.metrics["quantized"] = {**costs, **figures}

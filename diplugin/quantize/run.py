@@ -83,7 +83,7 @@ def quantize(
         InfeasibleBudget: the budget is below the smallest reachable cost, which the message names.
 
     >>> from diplugin import Budget
-    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 32, 5), nn.Flatten(), nn.Linear(128, 4)).eval()
     >>> data = [(torch.randn(50, 3, 8, 8), torch.arange(50) % 4)]
     >>> result = quantize(net, data, (data[0][0][:1],), budgets=[Budget("size_mb", fraction=0.9)])
     >>> result.size_mb <= 0.9 * result.uniform8_size_mb
