@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from diplugin.errors import PlanError
 from diplugin.plan import PathPoint, PlannedCost, PruningPlan
@@ -320,6 +322,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "metrics cut short": {"metrics": json.dumps(metrics())[:-40]},
     "metrics is a list": {"metrics": []},
     "no unpruned figures": {"metrics": without("base")},
+    "a number beyond all floats": {"metrics": metrics() | {"pruned": {"macs": 10**400}}},
     "a stage is a list": {"metrics": metrics() | {"pruned": [1]}},
     "an accuracy that is infinite": {"metrics": '{"base": {"accuracy": Infinity}}'},
     "a budget without a limit": {"metrics": metrics() | {"budgets": [{"cost": "macs"}]}},
@@ -345,6 +348,36 @@ def test_a_broken_run_folder_is_one_line_and_leaves_the_old_page(tmp_path: Path,
         write_report(folder)
     assert "\n" not in str(caught.value)
     assert (folder / "report.html").read_text() == "older"
+
+
+FIGURE = st.one_of(st.none(), st.integers(-(10**20), 10**20), st.floats(allow_nan=False, allow_infinity=False))
+KEYS = ("accuracy", "macs", "size_mb", "latency_ms_predicted", "latency_ms_measured", "energy")
+FIGURES = st.fixed_dictionaries(dict.fromkeys(KEYS, FIGURE))
+BUDGET = st.fixed_dictionaries({
+    "cost": st.sampled_from(("macs", "latency_ms", "else")), "asked": st.floats(-1e300, 1e300), "predicted": FIGURE,
+    "measured": FIGURE, "met": st.sampled_from((None, True, False)),
+})  # fmt: skip
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(stages=st.lists(FIGURES, min_size=1, max_size=4), budgets=st.lists(BUDGET, max_size=3),
+       path=st.lists(st.tuples(st.floats(0, 1e30), st.floats(-1e30, 1e30)), max_size=4),
+       scores=st.lists(st.floats(-1e30, 1e30), min_size=8, max_size=8), di=st.floats(-5, 5))  # fmt: skip
+def test_any_finite_figures_make_a_page(
+    tmp_path: Path, stages: list[dict[str, Any]], budgets: list[dict[str, Any]], path: list[tuple[float, float]],
+    scores: list[float], di: float,
+) -> None:  # fmt: skip
+    points = tuple(PathPoint(loss, {"macs": cost}) for loss, cost in path)
+    drawn = PruningPlan({"a": (0, 5)}, {"a": 8}, {"macs": PlannedCost(stages[0]["macs"] or 1.0, 1.0)}, path=points)
+    figures_ = dict(zip(("base", "pruned", "recovered", "quantized"), stages, strict=False))
+    folder = make(tmp_path / "run", plan=drawn.to_json(), scores={"di": {"a": di}, "scores": {"a": scores}},
+                  metrics=figures_ | {"budgets": budgets, "seconds": {"score": abs(di)}})  # fmt: skip
+    page_of(folder)
+    for file in figures(folder, tmp_path / "pictures"):
+        attributes = [
+            text for e in ElementTree.parse(file).iter() for name, text in e.attrib.items() if name != "aria-label"
+        ]
+        assert not [text for text in attributes if "nan" in text or "inf" in text]
 
 
 @pytest.mark.parametrize("prepare", [lambda p: None, lambda p: p.write_text("a file"), lambda p: p.mkdir()])

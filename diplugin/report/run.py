@@ -123,7 +123,7 @@ def read_run(folder: str | Path) -> Run:
     metrics = read_json(folder / METRICS)
     try:
         return _run(folder, read_json(folder / CONFIG), metrics)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise PlanError(f"expected whole figures in {folder}, got {type(error).__name__}: {error}") from error
 
 
