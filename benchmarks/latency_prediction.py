@@ -54,7 +54,15 @@ def judge(name: str, build: Any, side: int, nets: int, args: argparse.Namespace)
     inputs = (torch.randn(1, 3, side, side),)
     trace = trace_network(model, inputs)
     start = time.perf_counter()
-    table = profile_here(model, inputs, trace=trace, name=name, threads=args.threads, budget_s=args.seconds)
+    table = profile_here(
+        model,
+        inputs,
+        trace=trace,
+        name=name,
+        threads=args.threads,
+        budget_s=args.seconds,
+        journal=args.tables / f"{name}.jsonl" if args.tables else None,
+    )
     profiled = time.perf_counter() - start
     if args.tables:
         table.save(args.tables / f"{name}.json")

@@ -2,8 +2,8 @@
 
 Both are read off measurements. The calibration is a line fitted by relative least squares on nets timed end to end;
 its error is that of nets left out, one at a time. The alignment follows two definitions: the *step* is the smallest
-one on whose multiples more channels are never clearly slower than fewer; the *plateau* is the largest one to which
-rounding up is free.
+one on whose multiples more channels are not faster than fewer; the *plateau* is the largest one to which rounding up
+is free. Both are judged on averages over a staircase, so that one disturbed width does not decide.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from ..tables import Alignment, Calibration, NetTiming
 
 STEPS = (1, 2, 4, 8, 16, 32)
-CLIFF, FREE = 0.10, 0.05
+CLIFF, FREE = 0.04, 0.05
 MIN_NETS = 10
 
 
@@ -81,13 +81,13 @@ def measured_alignment(staircases: Iterable[Mapping[int, float]]) -> Alignment:
 
 
 def _no_cliff(stair: Mapping[int, float], step: int) -> bool:
-    """No multiple of the step is clearly slower than any wider width."""
-    return all(ms <= (1 + CLIFF) * min(v for u, v in stair.items() if u >= w)
-               for w, ms in stair.items() if w % step == 0)  # fmt: skip
+    """Multiples of the step are, on average, hardly slower than the fastest of all wider widths."""
+    excess = [ms / min(v for u, v in stair.items() if u >= w) - 1 for w, ms in stair.items() if w % step == 0]
+    return not excess or sum(excess) <= CLIFF * len(excess)
 
 
 def _free(stair: Mapping[int, float], step: int, plateau: int) -> bool:
-    """Rounding a multiple of the step up to the plateau costs next to nothing."""
-    pairs = [(ms, stair[-(-w // plateau) * plateau]) for w, ms in stair.items()
-             if w % step == 0 and -(-w // plateau) * plateau in stair and w % plateau]  # fmt: skip
-    return not pairs or all(wide <= (1 + FREE) * narrow for narrow, wide in pairs)
+    """Rounding a multiple of the step up to the plateau costs, on average, next to nothing."""
+    rounded = {w: -(-w // plateau) * plateau for w in stair if w % step == 0 and w % plateau}
+    extra = [stair[wide] / stair[w] - 1 for w, wide in rounded.items() if wide in stair]
+    return not extra or sum(extra) <= FREE * len(extra)
