@@ -92,7 +92,7 @@ class Bench:
     def __init__(self, name: str, model: nn.Module, args: argparse.Namespace, scratch: Path) -> None:
         self.name, self.model, self.args, self.scratch = name, model, args, scratch
         self.calibration = batches(*images(args.data, "train", 0, 500))
-        self.test = batches(*images(args.data, "test", 0, 1000 if args.quick else 10_000))
+        self.test = batches(*images(args.data, "test", 0, 1000 if args.quick else args.test_images))
         self.example = (self.calibration[0][0][:1],)
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--strategies", default=",".join(s.name for s in STRATEGIES))
     parser.add_argument("--pruned", action="store_true", help="also at 70 %% of the MACs")
     parser.add_argument("--finetune", type=int, default=0, metavar="EPOCHS", help="also DI's bits after short training")
+    parser.add_argument("--test-images", type=int, default=10_000, help="the first of the test split (default: all)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="ResNet-20, 1,000 test images, one size")
     args = parser.parse_args()

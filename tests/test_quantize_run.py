@@ -230,6 +230,28 @@ def test_output_error_is_the_variance_of_the_error_map(make_images):
     np.testing.assert_allclose(output_error(quantizer.task, "0", 4), (expected / spread).detach().numpy(), rtol=1e-3)
 
 
+def test_very_wide_layers_and_many_labels_are_bounded(make_images, monkeypatch):
+    """Diagonal blocks in place of the whole second moment; the principal label images in place of all."""
+    from diplugin.quantize import observe as module
+    from diplugin.quantize.rounding import CompensatedRounding
+
+    x, _ = make_images(60).loader(60)[0]
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 6)).eval()
+    data, targets = [(x, torch.randn(60, 7))], []
+    for block, kept in ((2304, 32), (50, 3)):
+        monkeypatch.setattr(module, "BLOCK", block)
+        monkeypatch.setattr(module, "LABEL_IMAGES", kept)
+        quantizer = Quantizer(net, data, (x[:1],), Bits(ends=FREE_ENDS, images=60))
+        statistics = quantizer.task.statistics["1"]
+        targets.append((di_damage(quantizer.task, "1", 4), output_error(quantizer.task, "1", 4)))
+        assert len(statistics.label_images[0]) == min(7, kept)
+    assert statistics.gram.shape == (1, 4, 48, 48)
+    grid, gram = quantizer.task.rounded("1", 4).grid, (statistics.gram / 60).float()
+    alone = CompensatedRounding()(net[1].weight.detach()[:, 48:96], gram[:, 1], grid) * grid.scale[:, None]
+    assert torch.equal(quantizer.task.rounded("1", 4).values[:, 48:96], alone)
+    assert bool((targets[1][0] < 10 * targets[0][0] + 1e-9).all()) and bool((targets[1][1] > 0).all())
+
+
 def test_ends_keep_their_width(make_net, make_images):
     model, loader, example, _ = prepared(make_net, make_images)
     result = quantize(model, loader, example, Bits(ends=EndLayers(8, 4), images=80),

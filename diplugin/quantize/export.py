@@ -88,8 +88,8 @@ def export_model(
     opset = INT2_OPSET if any((layer.bits == 2).any() for layer in layers) else INT4_OPSET
     if opset > onnx.defs.onnx_opset_version():
         raise ModelError(
-            f"expected an onnx package that knows opset {opset}, as 2-bit weights need it; update onnx and onnxruntime, "
-            "or take widths=(0, 4, 8)"
+            f"expected an onnx package that knows opset {opset}, as 2-bit weights need it; update onnx and "
+            "onnxruntime, or take widths=(0, 4, 8)"
         )
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "float.onnx"

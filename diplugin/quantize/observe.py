@@ -22,6 +22,10 @@ from ..errors import DataError, ModelError
 from ..features import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, to_device
 from .fake import quantizable_layers
 
+#: Inputs of an output channel beyond which their second moment is kept in diagonal blocks only.
+BLOCK = 2304
+#: Label images kept of a chunk: with more labels, the principal ones (their energies add up, so the strongest count).
+LABEL_IMAGES = 32
 _SAMPLES = 40_000
 _PATCHES_PER_IMAGE = 96
 
@@ -31,8 +35,9 @@ class LayerStatistics:
     """What was seen of one layer; D inputs per output channel (in_channels / groups times kernel positions).
 
     Attributes:
-        gram: float64 [G, D, D], mean second moment of the inputs of each block of channels.
-        mean: float64 [G, D].
+        gram: float64 [G, B, D/B, D/B], sum of second moments of the inputs of each of G groups of channels; of a very
+            wide layer only B diagonal blocks.
+        mean: float64 [G, D], sum of inputs.
         samples: float32, input values.
         label_images: float32 [chunks, L, ...], inputs projected on Z, scaled so that 2·‖layer(label image)‖², summed
             over labels and positions, is a DI score in fractions of label variance.
@@ -105,7 +110,9 @@ def observe(
 def _empty(layer: Any) -> LayerStatistics:
     groups = getattr(layer, "groups", 1)
     width = layer.weight[0].numel()
-    return LayerStatistics(torch.zeros(groups, width, width, dtype=torch.float64), torch.zeros(groups, width).double())
+    blocks = next(b for b in range(1, width + 1) if width % b == 0 and width // b <= BLOCK)
+    gram = torch.zeros(groups, blocks, width // blocks, width // blocks, dtype=torch.float64)
+    return LayerStatistics(gram, torch.zeros(groups, width, dtype=torch.float64))
 
 
 def _look(
@@ -120,7 +127,8 @@ def _look(
     statistics.samples.append(torch.cat([flat[picked.to(flat.device)].cpu(), flat.aminmax().max[None].cpu()]))
     for part in x.split(50):
         patches = input_patches(layer, part, generator)
-        statistics.gram += torch.einsum("gpi,gpj->gij", patches, patches).double().cpu()
+        blocks = patches.unflatten(2, (statistics.gram.shape[1], -1))
+        statistics.gram += torch.einsum("gpbi,gpbj->gbij", blocks, blocks).double().cpu()
         statistics.mean += patches.sum(1).double().cpu()
         statistics.patches += patches.shape[1]
     statistics.macs = output[0].numel() / layer.weight.shape[0] * layer.weight[0].numel()
@@ -158,7 +166,10 @@ def _label_images(x: Tensor, output: Tensor, targets: Tensor, rho: float) -> Ten
     ridge = float(rho * gram.trace() / len(gram))
     y = (targets / targets.norm()).to(gram)
     if ridge <= 0:
-        return torch.zeros(y.shape[1], *x.shape[1:])
+        return torch.zeros(1, *x.shape[1:])
     shifted = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     solution = torch.linalg.solve(shifted, y) * ridge**0.5
+    if solution.shape[1] > LABEL_IMAGES:
+        left, strength, _ = torch.linalg.svd(solution, full_matrices=False)
+        solution = (left * strength)[:, :LABEL_IMAGES]
     return torch.einsum("nl,n...->l...", solution.float(), x.float()).cpu()

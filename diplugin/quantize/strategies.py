@@ -58,10 +58,14 @@ class Task:
         if key not in self._rounded:
             weight, statistics = self.weight(layer), self.statistics[layer]
             gram = (statistics.gram / max(1, statistics.patches)).float()
-            energy = torch.diagonal(gram, dim1=1, dim2=2).repeat_interleave(len(weight) // len(gram), 0)
+            energy = torch.diagonal(gram, dim1=2, dim2=3).flatten(1).repeat_interleave(len(weight) // len(gram), 0)
             bits = torch.full((len(weight),), width, dtype=torch.int64)
             grid = fit_weight_grid(weight, bits, importance=energy, significant_bits=self.weight_bits)
-            values = self.rounding(weight, gram, grid) * grid.scale[:, None] if width else torch.zeros_like(weight)
+            values = torch.zeros_like(weight)
+            if width:
+                parts = zip(weight.chunk(gram.shape[1], 1), gram.unbind(1), strict=True)
+                integers = torch.cat([self.rounding(part, block, grid) for part, block in parts], 1)
+                values = integers * grid.scale[:, None]
             self._rounded[key] = RoundedLayer(grid, values)
         return self._rounded[key]
 
@@ -130,14 +134,20 @@ def output_error(task: Task, layer: str, width: int) -> np.ndarray:
     """Error variance of every output channel at `width` bits over the mean variance of the layer's, float64 [C]."""
     statistics = task.statistics[layer]
     patches = max(1, statistics.patches)
-    mean = statistics.mean / patches
-    spread = statistics.gram / patches - mean[:, :, None] * mean[:, None, :]
+    blocks = statistics.gram.shape[1]
+    mean = (statistics.mean / patches).unflatten(1, (blocks, -1))
+    spread = statistics.gram / patches - mean[..., :, None] * mean[..., None, :]
     weight = task.weight(layer).double()
-    rows = weight.reshape(len(spread), -1, weight.shape[1])
-    error = (task.rounded(layer, width).values.double() - weight).reshape(rows.shape)
-    squares = torch.einsum("gci,gij,gcj->gc", error, spread, error).flatten()
-    scale = torch.einsum("gci,gij,gcj->gc", rows, spread, rows).mean()
+    error = task.rounded(layer, width).values.double() - weight
+    squares, scale = (_variance(rows, spread) for rows in (error, weight))
+    scale = scale.mean()
     return (squares / scale.clamp(min=1e-30)).clamp(min=0).numpy()
+
+
+def _variance(rows: Tensor, spread: Tensor) -> Tensor:
+    """wᵀΣw of every row [C, D], Σ in blocks [G, B, D/B, D/B]: [C]."""
+    parts = rows.reshape(len(spread), -1, spread.shape[1], spread.shape[2])
+    return torch.einsum("gcbi,gbij,gcbj->gc", parts, spread, parts).flatten()
 
 
 @dataclass(frozen=True)
