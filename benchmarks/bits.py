@@ -7,7 +7,7 @@
 For every network: float32, 8 bits everywhere, then mixed bits at fractions of that file's size, allocated by DI,
 by output error, uniformly, by magnitude and at random: same rounding, same search, same grids. Calibration takes 500
 training images; every setting was chosen on other training images; the test split is read once per file. `--pruned`
-first prunes the network to 70 % of its MACs (`compress`, one short epoch of distillation on 5,000 training images) and
+first prunes the network to 70 % of its MACs (`compress`, short epochs of distillation on 5,000 training images) and
 compares with the pruned network's own float accuracy. Agreement of ONNX Runtime with the fake-quantized torch model is
 over 500 test images. Latency is one image, one thread, median, measured here in the same run.
 """
@@ -70,13 +70,13 @@ def network(name: str, weights: Path) -> nn.Module:
     return model.eval()
 
 
-def pruned(model: nn.Module, folder: Path) -> nn.Module:
-    """At 70 % of the MACs, recovered by one short epoch."""
+def pruned(model: nn.Module, folder: Path, epochs: int) -> nn.Module:
+    """At 70 % of the MACs, recovered by short epochs, or by no gradient step at all."""
     from diplugin import compress
 
     x, y = images(folder, "train", 10_000, 15_000)
     result = compress(model, batches(x, y, 100), example_inputs=(x[:1],), budgets=[Budget("macs", fraction=0.7)],
-                      recovery=Distillation(epochs=1, lr=0.01))  # fmt: skip
+                      images=1000, recovery=Distillation(epochs=epochs, lr=0.01) if epochs else None)  # fmt: skip
     return result.model
 
 
@@ -189,6 +189,8 @@ def main() -> None:
     parser.add_argument("--fractions", default=FRACTIONS, help="of the size of the 8-bit file")
     parser.add_argument("--strategies", default=",".join(s.name for s in STRATEGIES))
     parser.add_argument("--pruned", action="store_true", help="also at 70 %% of the MACs")
+    parser.add_argument("--only-pruned", action="store_true")
+    parser.add_argument("--prune-epochs", type=int, default=1, help="of recovery after pruning (default 1)")
     parser.add_argument("--finetune", type=int, default=0, metavar="EPOCHS", help="also DI's bits after short training")
     parser.add_argument("--test-images", type=int, default=10_000, help="the first of the test split (default: all)")
     parser.add_argument("--json", type=Path)
@@ -201,7 +203,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in ["resnet20"] if args.quick else args.nets.split(","):
             model = network(name, args.weights)
-            for title, net in [(name, model)] + ([(f"{name} pruned", pruned(model, args.data))] if args.pruned else []):
+            nets = [] if args.only_pruned else [(name, model)]
+            if args.pruned or args.only_pruned:
+                nets.append((f"{name} pruned", pruned(model, args.data, args.prune_epochs)))
+            for title, net in nets:
                 for row in Bench(title, net, args, Path(scratch)).rows():
                     show(row)
                     rows.append(row)
