@@ -7,10 +7,13 @@ outputs it *used to* give. With X the patches it reads, T the unpruned network's
     W = W₀ + (XᵀX + λI)⁻¹ Xᵀ(T − X W₀),
 
 centred where a bias or a BatchNorm can take up the constant. Errors of earlier layers are repaired by later ones
-instead of adding up, which is what a fit of each layer alone cannot do. No gradient, no label: one pass of the unpruned
-network over a thousand images, in which the targets are kept at a few random pixels an image, and one pass of the
-pruned one, in which every layer is refitted just before it runs. BatchNorm keeps the statistics of the unpruned
-network, whose outputs are reproduced; recalibrating afterwards would undo part of the work.
+instead of adding up, which is what a fit of each layer alone cannot do. Where a layer's output is added to a shortcut,
+the target is the unpruned *sum* less what the shortcut now brings, so that every block mends the residual stream.
+
+No gradient, no label: one pass of the unpruned network over a thousand images, in which targets are kept at a few
+random pixels an image, and one pass of the pruned one, in which every layer is refitted just before its output is
+used. BatchNorm keeps the statistics of the unpruned network, whose outputs are reproduced; recalibrating afterwards
+would undo part of the work.
 
 This is our addition; the idea of fitting a pruned layer to the unpruned outputs is that of He, Zhang & Sun, "Channel
 pruning for accelerating very deep neural networks", 2017.
@@ -18,24 +21,25 @@ pruning for accelerating very deep neural networks", 2017.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import DataError
 from ..features import Forward, device_of, forward_inputs, to_device
-from ..network import LayerSpec, NetworkTrace
+from ..network import NetworkTrace
 from ..plan import PruningPlan
+from .layer_fit import LayerFit, Site
 
-_LARGEST_FIT = 6000
-_BLOCK_ROWS = 20_000
+_ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+_SMALLEST_SCALE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,6 @@ class Reconstruction:
     images: int = 1000
     samples: int = 64_000
     ridge: float = 3e-3
-
-
-@dataclass(frozen=True)
-class _Site:
-    """One layer to refit: its kept outputs, the BatchNorm behind it, and where its outputs are sampled."""
-
-    spec: LayerSpec
-    kept: Tensor
-    norm: str | None
-    positions: Tensor  # [N, P] flat output positions
 
 
 @torch.no_grad()
@@ -89,25 +83,16 @@ def reconstruct(
         DataError: the loader yields nothing, or features that are not finite.
     """
     settings = settings or Reconstruction()
-    batch = _gather(loader, settings.images)
+    batch = to_device(_gather(loader, settings.images), device_of(unpruned))
     images = next(len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
     sites = _sites(unpruned, trace, plan, images, settings.samples)
-    device = device_of(unpruned)
-    targets: dict[str, Tensor] = {}
-    with _hooked(unpruned, sites, lambda site, _x, y: targets.__setitem__(site.spec.name, _sampled(site, y))):
-        forward(unpruned, to_device(batch, device))
-    done: list[str] = []
-    modules = dict(pruned.named_modules())
-
-    def refit(site: _Site, x: Tensor) -> None:
-        module: Any = modules[site.spec.name]
-        fit = _Fit(module, site, x, targets.pop(site.spec.name)[..., site.kept])
-        if fit.solve(settings.ridge, modules.get(site.norm) if site.norm else None):
-            done.append(site.spec.name)
-
-    with _hooked(pruned, sites, None, before=refit):
-        forward(pruned, to_device(batch, device))
-    return tuple(done)
+    targets = _Targets(unpruned, sites)
+    with targets.watching():
+        forward(unpruned, batch)
+    refit = _Refit(pruned, sites, targets, settings.ridge)
+    with refit.watching():
+        forward(pruned, batch)
+    return tuple(refit.done)
 
 
 def _gather(loader: Iterable[Any], images: int) -> Any:
@@ -122,176 +107,169 @@ def _gather(loader: Iterable[Any], images: int) -> Any:
     return pytree.tree_map(lambda *xs: torch.cat(xs)[:images], *batches)
 
 
-def _sites(
-    model: nn.Module, trace: NetworkTrace, plan: PruningPlan, images: int, samples: int
-) -> dict[str, _Site]:
+def _sites(model: nn.Module, trace: NetworkTrace, plan: PruningPlan, images: int, samples: int) -> dict[str, Site]:
+    gone = _removed_outputs(trace, plan)
+    calls = [layer.name for layer in trace.layers]
+    draw = torch.Generator().manual_seed(0)
+    sites = {}
+    for order, (layer, behind) in enumerate(zip(trace.layers, (*trace.layers[1:], None), strict=True)):
+        refittable = layer.op == "linear" or (layer.op == "conv" and (layer.groups == 1 or layer.depthwise))
+        if not refittable or calls.count(layer.name) != 1:
+            continue
+        kept = [c for c in range(layer.out_channels) if c not in gone.get(layer.name, ())]
+        places = prod(layer.output_shape[2:] if layer.op == "conv" else layer.output_shape[1:-1])
+        count = min(places, max(1, samples // images))
+        positions = torch.rand(images, places, generator=draw).topk(count, dim=1).indices
+        normalised = behind is not None and behind.op == "norm" and behind.input_shape == layer.output_shape
+        norm = behind.name if behind is not None and normalised and _is_batch_norm(model, behind.name) else None
+        sites[layer.name] = Site(layer, order, torch.tensor(kept), norm, positions)
+    return sites
+
+
+def _removed_outputs(trace: NetworkTrace, plan: PruningPlan) -> dict[str, set[int]]:
     removed = plan.removed
     gone: dict[str, set[int]] = {}
     for group in trace.prunable:
         lost = set(removed.get(group.name, ()))
         for m in group.members:
             if m.side == "out":
-                gone.setdefault(m.layer, set()).update(
-                    c for c, r in zip(m.channels, m.roots, strict=True) if r in lost)  # fmt: skip
-    calls = [layer.name for layer in trace.layers]
-    draw = torch.Generator().manual_seed(0)
-    sites = {}
-    for layer, behind in zip(trace.layers, (*trace.layers[1:], None), strict=True):
-        if layer.op not in ("conv", "linear") or calls.count(layer.name) != 1:
-            continue
-        if layer.groups > 1 and not layer.depthwise:
-            continue
-        kept = [c for c in range(layer.out_channels) if c not in gone.get(layer.name, ())]
-        places = prod(layer.output_shape[2:] if layer.op == "conv" else layer.output_shape[1:-1])
-        count = min(places, max(1, samples // images))
-        positions = torch.rand(images, places, generator=draw).topk(count, dim=1).indices
-        norm = behind.name if behind is not None and behind.op == "norm" and _batch_norm(model, behind) else None
-        if norm is not None and behind is not None and behind.input_shape != layer.output_shape:
-            norm = None
-        sites[layer.name] = _Site(layer, torch.tensor(kept), norm, positions)
-    return sites
+                channels = (c for c, r in zip(m.channels, m.roots, strict=True) if r in lost)
+                gone.setdefault(m.layer, set()).update(channels)
+    return gone
 
 
-def _batch_norm(model: nn.Module, layer: LayerSpec) -> bool:
-    module = model.get_submodule(layer.name)
+def _is_batch_norm(model: nn.Module, name: str) -> bool:
+    module = model.get_submodule(name)
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
 
 
-@contextmanager
-def _hooked(model: nn.Module, sites: Mapping[str, _Site], after: Any, before: Any = None) -> Iterator[None]:
-    modules = dict(model.named_modules())
-    modes = {module: module.training for module in model.modules()}
-    handles = []
-    try:
-        for name, site in sites.items():
-            if after is not None:
-                handles.append(modules[name].register_forward_hook(
-                    lambda _, args, y, site=site: after(site, args[0], y)))  # fmt: skip
-            if before is not None:
-                handles.append(modules[name].register_forward_pre_hook(
-                    lambda _, args, site=site: before(site, args[0])))  # fmt: skip
-        model.eval()
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
+class _Watch:
+    """Hooks on the sites of one network, and an eye on the sums that their outputs go into."""
+
+    def __init__(self, model: nn.Module, sites: Mapping[str, Site]) -> None:
+        self.model, self.sites = model, sites
+        self.modules: dict[str, Any] = dict(model.named_modules())
+        # The last few outputs of sites, each with its site: a sum is recognised by the identity of its operands.
+        self._recent: list[tuple[Tensor, Site]] = []
+
+    def before(self, site: Site, x: Tensor) -> None:
+        """Called before a site runs."""
+
+    def after(self, site: Site, y: Tensor) -> None:
+        """Called after a site has run."""
+
+    def added(self, site: Site, y: Tensor, other: Tensor) -> Tensor:
+        """Called when a site's output, normalised, meets a shortcut; returns what is to be added."""
+        return y
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Eval mode, hooks and the watch on sums for the time of the block."""
+        modes = {module: module.training for module in self.model.modules()}
+        with ExitStack() as stack:
+            for name, site in self.sites.items():
+                self._hook(stack, self.modules[name], site, first=True)
+                if site.norm is not None:
+                    self._hook(stack, self.modules[site.norm], site, first=False)
+            stack.enter_context(_Sums(self))
+            try:
+                self.model.eval()
+                yield
+            finally:
+                self._recent.clear()
+                for module, training in modes.items():
+                    module.training = training
+
+    def _hook(self, stack: ExitStack, module: nn.Module, site: Site, *, first: bool) -> None:
+        def seen(_module: nn.Module, _args: Any, y: Tensor) -> None:
+            self._recent = [*self._recent[-7:], (y, site)]
+            if first:
+                self.after(site, y)
+
+        stack.callback(module.register_forward_hook(seen).remove)
+        if first:
+            stack.callback(module.register_forward_pre_hook(lambda _, args: self.before(site, args[0])).remove)
+
+    def site_of(self, x: Any) -> Site | None:
+        """The site whose (normalised) output this very tensor is."""
+        return next((site for y, site in reversed(self._recent) if y is x), None)
 
 
-def _sampled(site: _Site, y: Tensor) -> Tensor:
-    """[N, P, C]: the outputs at the sampled positions."""
-    rows = (y.flatten(2).transpose(1, 2) if site.spec.op == "conv" else y.reshape(len(y), -1, y.shape[-1]))
-    return rows[torch.arange(len(y))[:, None], site.positions.to(y.device)]
+class _Sums(TorchFunctionMode):
+    """Shows a watch every sum of two tensors in which a site's output takes part."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _ADDITIONS and len(args) == 2 and not kwargs:
+            args = self._shown(*args)
+        return func(*args, **(kwargs or {}))
+
+    def _shown(self, a: Any, b: Any) -> tuple[Any, Any]:
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
+            return a, b
+        one, two = self._watch.site_of(a), self._watch.site_of(b)
+        if one is not None and (two is None or one.order > two.order):
+            return self._watch.added(one, a, b), b
+        if two is not None:
+            return a, self._watch.added(two, b, a)
+        return a, b
 
 
-class _Fit:
-    """The least-squares problem of one layer."""
+class _Targets(_Watch):
+    """What the unpruned network's sites say, and what shortcuts bring them, at the sampled positions."""
 
-    def __init__(self, module: Any, site: _Site, x: Tensor, targets: Tensor) -> None:
-        self.module, self.site, self.x, self.targets = module, site, x, targets
-        self.depthwise = getattr(module, "groups", 1) > 1
-        window = prod(getattr(module, "kernel_size", ()))
-        channels = getattr(module, "in_channels", None) or module.in_features
-        self.unknowns = window if self.depthwise else window * channels
-        self.sets = channels if self.depthwise else 1
+    def __init__(self, model: nn.Module, sites: Mapping[str, Site]) -> None:
+        super().__init__(model, sites)
+        self.outputs: dict[str, Tensor] = {}
+        self.shortcuts: dict[str, Tensor] = {}
 
-    def solve(self, ridge: float, norm: Any) -> bool:
-        """Refit the module in place; False where the fit was passed over."""
-        if self.unknowns > _LARGEST_FIT:
-            return False
-        centred = norm is not None or self.module.bias is not None
-        gram, cross, mean_x, mean_t = self._moments(centred)
-        if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
-            raise DataError(f"expected finite feature maps at {self.site.spec.name}, got NaN or infinity")
-        weight = self._columns()
-        level = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
-        shifted = gram + level[:, None, None] * torch.eye(self.unknowns, dtype=gram.dtype, device=gram.device)
-        weight = weight + torch.linalg.solve(shifted, cross - gram @ weight)
-        self._write(weight)
-        if centred:
-            constant = mean_t - (mean_x[:, None] @ weight)[:, 0]
-            self._shift(constant.flatten(), norm)
-        return True
+    def after(self, site: Site, y: Tensor) -> None:
+        self.outputs[site.spec.name] = site.sampled(y)[..., site.kept.to(y.device)]
 
-    def _moments(self, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """XᵀX/M [S, D, D], XᵀT/M [S, D, O] and means, over the samples; S = 1, or the channels of a depthwise one."""
-        d, outs = self.unknowns, 1 if self.depthwise else self.targets.shape[-1]
-        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=self.x.device)  # noqa: E731
-        gram, cross = zeros(self.sets, d, d), zeros(self.sets, d, outs)
-        sum_x, sum_t, rows = zeros(self.sets, d), zeros(self.sets, outs), 0
-        per_block = max(1, _BLOCK_ROWS // self.site.positions.shape[1])
-        for block in torch.arange(len(self.x), device=self.x.device).split(per_block):
-            x, t = self._patches(block), self._targets(block)
-            gram += (x.transpose(1, 2) @ x).double()
-            cross += (x.transpose(1, 2) @ t).double()
-            sum_x += x.sum(1).double()
-            sum_t += t.sum(1).double()
-            rows += x.shape[1]
-        gram, cross, mean_x, mean_t = gram / rows, cross / rows, sum_x / rows, sum_t / rows
-        if centred:
-            gram = gram - mean_x[:, :, None] * mean_x[:, None]
-            cross = cross - mean_x[:, :, None] * mean_t[:, None]
-        return gram, cross, mean_x, mean_t
+    def added(self, site: Site, y: Tensor, other: Tensor) -> Tensor:
+        self.shortcuts[site.spec.name] = site.sampled(other)[..., site.kept.to(other.device)]
+        return y
 
-    def _targets(self, block: Tensor) -> Tensor:
-        t = self.targets[block].flatten(0, 1)
-        # A depthwise layer is one small problem a channel, of one output each.
-        return t.T[..., None] if self.depthwise else t[None]
 
-    def _patches(self, block: Tensor) -> Tensor:
-        """[S, M, D]: what the layer reads at the sampled positions."""
-        x, positions = self.x[block], self.site.positions.to(self.x.device)[block]
-        images = torch.arange(len(x), device=x.device)[:, None]
-        if self.site.spec.op == "linear":
-            return x.reshape(len(x), -1, x.shape[-1])[images, positions].flatten(0, 1)[None]
-        patches = _windows(x, positions, self.module)  # [M, C, K]
-        return patches.permute(1, 0, 2) if self.depthwise else patches.flatten(1)[None]
+class _Refit(_Watch):
+    """Refits the pruned network's sites while it runs."""
 
-    def _columns(self) -> Tensor:
-        """The weights as [S, D, O]."""
-        weight = self.module.weight.double()
-        return weight.flatten(1)[..., None] if self.depthwise else weight.flatten(1).T[None]
+    def __init__(self, model: nn.Module, sites: Mapping[str, Site], targets: _Targets, ridge: float) -> None:
+        super().__init__(model, sites)
+        self.targets, self.ridge = targets, ridge
+        self.done: list[str] = []
+        self._waiting: dict[str, Tensor] = {}
 
-    def _write(self, weight: Tensor) -> None:
-        flat = weight[..., 0] if self.depthwise else weight[0].T
-        self.module.weight.copy_(flat.reshape(self.module.weight.shape))
-
-    def _shift(self, constant: Tensor, norm: Any) -> None:
-        """Make the layer's output larger by `constant` [O], less what its bias says already."""
-        if norm is not None:
-            bias = 0.0 if self.module.bias is None else self.module.bias.double()
-            norm.running_mean.sub_((constant - bias).to(norm.running_mean))
+    def before(self, site: Site, x: Tensor) -> None:
+        name = site.spec.name
+        if name in self.targets.shortcuts:
+            self._waiting[name] = x  # its target is known once the shortcut is
         else:
-            self.module.bias.copy_(constant)
+            self._fit(site, x, self.targets.outputs.pop(name))
+
+    def added(self, site: Site, y: Tensor, other: Tensor) -> Tensor:
+        name = site.spec.name
+        if name not in self._waiting:
+            return y
+        x, module = self._waiting.pop(name), self.modules[name]
+        norm = self.modules[site.norm] if site.norm else None
+        shortcut = self.targets.shortcuts.pop(name) - site.sampled(other)
+        self._fit(site, x, self.targets.outputs.pop(name) + shortcut / _scale(norm))
+        refitted = module.forward(x)
+        return refitted if norm is None else norm.forward(refitted)
+
+    def _fit(self, site: Site, x: Tensor, target: Tensor) -> None:
+        norm = self.modules[site.norm] if site.norm else None
+        if LayerFit(self.modules[site.spec.name], site, x, target).solve(self.ridge, norm):
+            self.done.append(site.spec.name)
 
 
-def _windows(x: Tensor, positions: Tensor, conv: Any) -> Tensor:
-    """[N·P, C, K]: the windows of a convolution around flat output positions [N, P], in one to three dimensions."""
-    dims = len(conv.kernel_size)
-    padding = _padding(conv)
-    padded = F.pad(x, [p for pair in reversed(padding) for p in pair])
-    sizes = [(padded.shape[2 + i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
-             for i in range(dims)]  # fmt: skip
-    flat, rest = torch.zeros_like(positions)[..., None], positions
-    grids = torch.meshgrid(*(torch.arange(k, device=x.device) for k in conv.kernel_size), indexing="ij")
-    starts: list[Tensor] = []
-    for size in reversed(sizes):
-        starts.insert(0, rest % size)
-        rest = rest // size
-    for i in range(dims):
-        coordinate = starts[i][..., None] * conv.stride[i] + grids[i].flatten() * conv.dilation[i]
-        flat = flat * padded.shape[2 + i] + coordinate
-    maps = padded.flatten(2)  # [N, C, places]
-    index = flat.flatten(1)[:, None].expand(-1, maps.shape[1], -1)
-    taken = maps.gather(2, index).view(len(x), maps.shape[1], positions.shape[1], -1)
-    return taken.transpose(1, 2).flatten(0, 1)
-
-
-def _padding(conv: Any) -> Sequence[tuple[int, int]]:
-    if conv.padding == "valid":
-        return [(0, 0)] * len(conv.kernel_size)
-    if conv.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return [(t // 2, t - t // 2) for t in totals]
-    return [(p, p) for p in conv.padding]
+def _scale(norm: Any) -> Any:
+    """By what a BatchNorm in eval mode multiplies its input, kept away from zero."""
+    if norm is None:
+        return 1.0
+    scale = torch.rsqrt(norm.running_var + norm.eps) * (1.0 if norm.weight is None else norm.weight)
+    return torch.where(scale.abs() < _SMALLEST_SCALE, torch.inf, scale)

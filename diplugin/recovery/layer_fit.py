@@ -1,0 +1,154 @@
+"""The least-squares problem of one layer: its present inputs, the outputs it should give, the weights in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import DataError
+from ..network import LayerSpec
+
+_LARGEST_FIT = 6000
+_BLOCK_ROWS = 20_000
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer to refit.
+
+    Attributes:
+        spec: the layer as it was traced.
+        order: its place in the order of execution.
+        kept: output channels that the plan keeps.
+        norm: name of the BatchNorm right behind it, if there is one.
+        positions: [N, P] flat output positions at which the fit looks.
+    """
+
+    spec: LayerSpec
+    order: int
+    kept: Tensor
+    norm: str | None
+    positions: Tensor
+
+    def sampled(self, y: Tensor) -> Tensor:
+        """[N, P, C]: a tensor of this layer's output shape at the sampled positions."""
+        rows = y.flatten(2).transpose(1, 2) if self.spec.op == "conv" else y.reshape(len(y), -1, y.shape[-1])
+        return rows[torch.arange(len(y), device=y.device)[:, None], self.positions.to(y.device)]
+
+
+class LayerFit:
+    """The least-squares problem of one layer."""
+
+    def __init__(self, module: Any, site: Site, x: Tensor, targets: Tensor) -> None:
+        self.module, self.site, self.x, self.targets = module, site, x, targets
+        self.depthwise = getattr(module, "groups", 1) > 1
+        window = prod(getattr(module, "kernel_size", ()))
+        channels = getattr(module, "in_channels", None) or module.in_features
+        self.unknowns = window if self.depthwise else window * channels
+        self.sets = channels if self.depthwise else 1
+
+    def solve(self, ridge: float, norm: Any) -> bool:
+        """Refit the module in place; False where the fit was passed over."""
+        if self.unknowns > _LARGEST_FIT:
+            return False
+        centred = norm is not None or self.module.bias is not None
+        gram, cross, mean_x, mean_t = self._moments(centred)
+        if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
+            raise DataError(f"expected finite feature maps at {self.site.spec.name}, got NaN or infinity")
+        weight = self._columns()
+        level = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
+        shifted = gram + level[:, None, None] * torch.eye(self.unknowns, dtype=gram.dtype, device=gram.device)
+        weight = weight + torch.linalg.solve(shifted, cross - gram @ weight)
+        self._write(weight)
+        if centred:
+            constant = mean_t - (mean_x[:, None] @ weight)[:, 0]
+            self._shift(constant.flatten(), norm)
+        return True
+
+    def _moments(self, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """XᵀX/M [S, D, D], XᵀT/M [S, D, O] and means, over the samples; S = 1, or the channels of a depthwise one."""
+        d, outs = self.unknowns, 1 if self.depthwise else self.targets.shape[-1]
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=self.x.device)  # noqa: E731
+        gram, cross = zeros(self.sets, d, d), zeros(self.sets, d, outs)
+        sum_x, sum_t, rows = zeros(self.sets, d), zeros(self.sets, outs), 0
+        per_block = max(1, _BLOCK_ROWS // self.site.positions.shape[1])
+        for block in torch.arange(len(self.x), device=self.x.device).split(per_block):
+            x, t = self._patches(block), self._targets(block)
+            gram += (x.transpose(1, 2) @ x).double()
+            cross += (x.transpose(1, 2) @ t).double()
+            sum_x += x.sum(1).double()
+            sum_t += t.sum(1).double()
+            rows += x.shape[1]
+        gram, cross, mean_x, mean_t = gram / rows, cross / rows, sum_x / rows, sum_t / rows
+        if centred:
+            gram = gram - mean_x[:, :, None] * mean_x[:, None]
+            cross = cross - mean_x[:, :, None] * mean_t[:, None]
+        return gram, cross, mean_x, mean_t
+
+    def _targets(self, block: Tensor) -> Tensor:
+        t = self.targets[block].flatten(0, 1)
+        # A depthwise layer is one small problem a channel, of one output each.
+        return t.T[..., None] if self.depthwise else t[None]
+
+    def _patches(self, block: Tensor) -> Tensor:
+        """[S, M, D]: what the layer reads at the sampled positions."""
+        x, positions = self.x[block], self.site.positions.to(self.x.device)[block]
+        images = torch.arange(len(x), device=x.device)[:, None]
+        if self.site.spec.op == "linear":
+            return x.reshape(len(x), -1, x.shape[-1])[images, positions].flatten(0, 1)[None]
+        patches = _windows(x, positions, self.module)  # [M, C, K]
+        return patches.permute(1, 0, 2) if self.depthwise else patches.flatten(1)[None]
+
+    def _columns(self) -> Tensor:
+        """The weights as [S, D, O]."""
+        weight = self.module.weight.double()
+        return weight.flatten(1)[..., None] if self.depthwise else weight.flatten(1).T[None]
+
+    def _write(self, weight: Tensor) -> None:
+        flat = weight[..., 0] if self.depthwise else weight[0].T
+        self.module.weight.copy_(flat.reshape(self.module.weight.shape))
+
+    def _shift(self, constant: Tensor, norm: Any) -> None:
+        """Make the layer's output larger by `constant` [O], less what its bias says already."""
+        if norm is not None:
+            bias = 0.0 if self.module.bias is None else self.module.bias.double()
+            norm.running_mean.sub_((constant - bias).to(norm.running_mean))
+        else:
+            self.module.bias.copy_(constant)
+
+
+def _windows(x: Tensor, positions: Tensor, conv: Any) -> Tensor:
+    """[N·P, C, K]: the windows of a convolution around flat output positions [N, P], in one to three dimensions."""
+    dims = len(conv.kernel_size)
+    padding = _padding(conv)
+    padded = F.pad(x, [p for pair in reversed(padding) for p in pair])
+    sizes = [(padded.shape[2 + i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
+             for i in range(dims)]  # fmt: skip
+    flat, rest = torch.zeros_like(positions)[..., None], positions
+    grids = torch.meshgrid(*(torch.arange(k, device=x.device) for k in conv.kernel_size), indexing="ij")
+    starts: list[Tensor] = []
+    for size in reversed(sizes):
+        starts.insert(0, rest % size)
+        rest = rest // size
+    for i in range(dims):
+        coordinate = starts[i][..., None] * conv.stride[i] + grids[i].flatten() * conv.dilation[i]
+        flat = flat * padded.shape[2 + i] + coordinate
+    maps = padded.flatten(2)  # [N, C, places]
+    index = flat.flatten(1)[:, None].expand(-1, maps.shape[1], -1)
+    taken = maps.gather(2, index).view(len(x), maps.shape[1], positions.shape[1], -1)
+    return taken.transpose(1, 2).flatten(0, 1)
+
+
+def _padding(conv: Any) -> Sequence[tuple[int, int]]:
+    if conv.padding == "valid":
+        return [(0, 0)] * len(conv.kernel_size)
+    if conv.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return [(t // 2, t - t // 2) for t in totals]
+    return [(p, p) for p in conv.padding]
