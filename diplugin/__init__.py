@@ -48,7 +48,23 @@ _HOMES = {
     "trace_network": "diplugin.network",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "Budget",
+    "CompressionResult",
+    "DIImportance",
+    "DIPruner",
+    "Distillation",
+    "LatencyTable",
+    "PruningPlan",
+    "__version__",
+    "apply_plan",
+    "compress",
+    "greedy_search",
+    "load_pruned",
+    "score_groups",
+    "trace_groups",
+    "trace_network",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -66,9 +66,7 @@ def compress(model: nn.Module, loader: Any, **settings: Any) -> diplugin.Compres
     return diplugin.compress(model, loader, **{"example_inputs": INPUTS, "budgets": [HALF], **settings})
 
 
-def test_a_run_delivers_what_it_says(
-    trained: nn.Module, loader: Any, test_loader: Any, tmp_path: Path
-) -> None:
+def test_a_run_delivers_what_it_says(trained: nn.Module, loader: Any, test_loader: Any, tmp_path: Path) -> None:
     before = {k: v.clone() for k, v in trained.state_dict().items()}
     out = tmp_path / "run"
     result = compress(trained, loader, out=out, test_loader=test_loader, recovery=diplugin.Distillation(epochs=1))

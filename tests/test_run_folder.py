@@ -13,7 +13,7 @@ from diplugin.run_folder import RunFolder, next_numbered, read_json, refuse_held
 
 def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(PlanError, match="holds thesis.tex"):
+    with pytest.raises(PlanError, match=r"holds thesis\.tex"):
         RunFolder(tmp_path, {"seed": 0})
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -31,7 +31,7 @@ def test_resume_needs_a_run_with_the_same_settings(tmp_path: Path) -> None:
         RunFolder(tmp_path / "run", {"seed": 1}, resume=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes").write_text("")
-    with pytest.raises(PlanError, match="no config.json"):
+    with pytest.raises(PlanError, match=r"no config\.json"):
         RunFolder(tmp_path / "other", {"seed": 0}, resume=True)
 
 
