@@ -17,7 +17,7 @@ def summary(run: Run) -> Drawing | None:
     if not keys or rows is None:
         return None
     margin, head, column = 24, 116, WIDTH / len(keys)
-    drawing = Drawing(WIDTH + 2 * margin, head + rows.height + 2 * margin, "A pruned network beside the unpruned one")
+    drawing = Drawing(WIDTH + 2 * margin, head + rows.height + margin, "A pruned network beside the unpruned one")
     for i, key in enumerate(keys):
         x, before, after = margin + i * column, run.base.get(key), run.last(key)
         drawing.text(x, margin + 12, quantity(key).name, "soft")
