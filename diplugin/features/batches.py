@@ -107,9 +107,17 @@ def _length(batch: Any) -> int | None:
     if not leaves or not all(isinstance(x, Tensor) and x.ndim > 0 for x in leaves):
         return None
     lengths = {len(x) for x in leaves}
+    if len(lengths) != 1 and _uneven(batch):
+        return None
     if len(lengths) != 1:
         raise DataError(f"expected inputs and labels of one length in a batch, got lengths {sorted(lengths)}")
     return lengths.pop()
+
+
+def _uneven(batch: Any) -> bool:
+    """Whether it holds lists of tensors, one an image, as detection's images and targets."""
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ()
+    return any(isinstance(part, (list, tuple)) for part in parts)
 
 
 def _join(batches: list[Any]) -> Any:
