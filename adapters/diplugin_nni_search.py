@@ -29,6 +29,7 @@ TUNERS = ("TPE", "Random", "Evolution")
 _ENDS = ("DONE", "STOPPED", "ERROR")
 _POLL_S = 0.5
 _START_S = 60.0
+_ATTEMPTS = 4
 
 
 def search_space(trace: NetworkTrace, rho: tuple[float, float] = (1.0, 100.0)) -> dict[str, Any]:
@@ -60,11 +61,15 @@ def trial_cut() -> StagedCut:
 
 
 def report(accuracy: float, cost: float | None = None) -> None:
-    """In a trial: an intermediate accuracy, or with the cost the final one."""
+    """In a trial: an intermediate accuracy, or with the cost the final one.
+
+    The parameters go along: where trials start at the same moment, NNI hands them out in the order of asking and
+    writes them down in another.
+    """
     if cost is None:
         nni.report_intermediate_result(accuracy)
     else:
-        nni.report_final_result({"default": accuracy, "cost": cost})
+        nni.report_final_result({"default": accuracy, "cost": cost, "parameters": nni.get_current_parameter()})
 
 
 def run_experiment(
@@ -97,34 +102,43 @@ def run_experiment(
 
     Raises:
         UserError: an unknown tuner, a port in use, an experiment that is not there.
-        DataError: every trial failed; the message says where their logs are.
+        DataError: every trial failed, and the message says where their logs are; or they report in another way.
     """
     if tuner not in TUNERS or trials < 1 or concurrency < 1:
         raise UserError(f"expected a tuner among {', '.join(TUNERS)} and counts of 1 or more, got {tuner!r}, "
                         f"{trials} trials, {concurrency} at once")  # fmt: skip
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    experiment: Any = Experiment("local", resume)
-    config: Any = experiment.config
-    config.experiment_name, config.trial_command, config.search_space = name, command, dict(space)
-    config.trial_code_directory, config.experiment_working_directory = str(Path(code).resolve()), str(folder)
-    config.max_trial_number, config.trial_concurrency = trials, concurrency
-    config.tuner.name = tuner
-    config.tuner.class_args = _class_args(tuner, seed)
     # NNI talks to its own manager over HTTP; no proxy may come between.
     with _Environment(no_proxy="localhost,127.0.0.1", NO_PROXY="localhost,127.0.0.1"):
-        try:
-            _start(experiment, port, resume)
-            if resume is not None:
-                # A resumed experiment comes with its old count.
-                experiment.update_max_trial_number(trials)
-            status = _wait(experiment, trials)
-            outcomes = [_outcome(result) for result in experiment.export_data()]
-        finally:
-            experiment.stop()
+        for _ in range(_ATTEMPTS):
+            experiment: Any = Experiment("local", resume)
+            config: Any = experiment.config
+            config.experiment_name, config.trial_command, config.search_space = name, command, dict(space)
+            config.trial_code_directory, config.experiment_working_directory = str(Path(code).resolve()), str(folder)
+            config.max_trial_number, config.trial_concurrency = trials, concurrency
+            config.tuner.name, config.tuner.class_args = tuner, _class_args(tuner, seed)
+            status, jobs = _run(experiment, port, resume is not None, trials)
+            # NNI gives its tuner ten seconds to come up, which a busy machine does not keep either.
+            if status != "ERROR" or jobs:
+                break
+    outcomes = [_outcome(job) for job in jobs if job.finalMetricData]
     if not outcomes:
-        raise DataError(f"expected trials that report, all failed ({status}): see {folder / experiment.id / 'trials'}")
+        logs = folder / experiment.id / "environments" / "local-env" / "trials"
+        raise DataError(f"expected trials that report, all failed ({status}): see {logs}")
     return outcomes
+
+
+def _run(experiment: Any, port: int, resume: bool, trials: int) -> tuple[str, list[Any]]:
+    """The status at the end and all trial jobs; the manager is down afterwards, whatever happened."""
+    try:
+        _start(experiment, port, resume)
+        if resume:
+            # A resumed experiment comes with its old count.
+            experiment.update_max_trial_number(trials)
+        return _wait(experiment, trials), experiment.list_trial_jobs()
+    finally:
+        experiment.stop()
 
 
 def _class_args(tuner: str, seed: int) -> dict[str, Any]:
@@ -135,10 +149,10 @@ def _class_args(tuner: str, seed: int) -> dict[str, Any]:
     return {"optimize_mode": "maximize", **({"seed": seed} if tuner == "TPE" else {})}
 
 
-def _start(experiment: Any, port: int, resume: str | None) -> None:
-    if resume is not None:
+def _start(experiment: Any, port: int, resume: bool) -> None:
+    if resume:
         if not experiment.has_checkpoint():
-            raise UserError(f"expected an experiment {resume!r} to resume, there is none")
+            raise UserError(f"expected an experiment {experiment.id!r} to resume, there is none")
         experiment._action = "resume"
     # NNI gives its manager three seconds to answer, which a busy machine does not keep.
     impatient = launcher._check_rest_server
@@ -177,9 +191,11 @@ def _wait(experiment: Any, trials: int) -> str:
         pause.wait(_POLL_S)
 
 
-def _outcome(result: Any) -> Outcome:
-    value = result.value if isinstance(result.value, dict) else {"default": result.value}
-    return Outcome(result.trialJobId, float(value["default"]), float(value.get("cost", 0.0)), result.parameter)
+def _outcome(job: Any) -> Outcome:
+    value = job.finalMetricData[-1].data
+    if not isinstance(value, dict) or not {"default", "cost", "parameters"} <= set(value):
+        raise DataError(f"expected trials that end with diplugin_nni_search.report(accuracy, cost), got {value!r}")
+    return Outcome(job.trialJobId, float(value["default"]), float(value["cost"]), value["parameters"])
 
 
 class _Environment:
