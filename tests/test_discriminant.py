@@ -407,3 +407,28 @@ def test_a_sketch_that_misses_what_varies_gives_way_to_the_exact_scores() -> Non
     features[:, 0] = torch.randn(20, 40, 40, generator=torch.Generator().manual_seed(0))
     with pytest.raises(DataError, match="NaN"):
         chunk_scores(features, targets, sketch=Sketch(columns=3000))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    images=st.integers(3, 30),
+    channels=st.integers(2, 6),
+    side=st.integers(1, 6),
+    power=st.integers(-20, 20),
+    half=st.booleans(),
+)
+@pytest.mark.filterwarnings("ignore::diplugin.errors.DISaturationWarning")
+def test_streaming_equals_exact_whatever_the_features(
+    seed: int, images: int, channels: int, side: int, power: int, half: bool
+) -> None:
+    """Dead, constant and duplicate channels, any scale, single samples a class: finite, scale-free, alike."""
+    features, labels = maps(images, channels, side, side, seed=seed, classes=max(2, min(images, 1 + seed % 40)))
+    features[:, -1] = (features[:, 0], torch.zeros(()), torch.full((), 3.0))[seed % 3]
+    exact = channel_scores(features, labels)
+    given_ = features.to(torch.bfloat16) if half and abs(power) < 10 else (features * 10.0**power).float()
+    scored = chunk_scores(given_, label_targets(labels))
+    assert bool(torch.isfinite(scored.scores).all()) and bool((scored.scores >= 0).all())
+    assert 0 <= scored.di < 1
+    loose = 0.2 if given_.dtype == torch.bfloat16 else 1e-3
+    torch.testing.assert_close(scored.scores, exact, rtol=loose, atol=loose * float(exact.max()) + 1e-12)
