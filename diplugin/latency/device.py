@@ -31,7 +31,7 @@ JOURNAL_FORMAT = "diplugin-journal"
 PLAN_FORMAT = "diplugin-profile-plan"
 SCHEMA = 1
 DRIFT, MAX_CV = 0.05, 0.05
-PAUSES, WAIT_S = 3, 1.0
+WAIT_S = 1.0
 ROW_FIELDS = (
     "attempts",
     "cpu_ms",
@@ -583,8 +583,8 @@ class Timer:
 class Profiler:
     """Times the jobs of a plan that its journal does not hold yet."""
 
-    def __init__(self, bundle, journal, runtime, progress=None):
-        self.bundle, self.journal, self.runtime = bundle, journal, runtime
+    def __init__(self, bundle, journal, runtime, progress=None, known=()):
+        self.bundle, self.journal, self.runtime, self.known = bundle, journal, runtime, known
         self.plan = bundle.plan
         self.setting, self.protocol = self.plan["setting"], self.plan["protocol"]
         self.thread_clock = self.setting["threads"] == 1 and self.setting["provider"] == "CPUExecutionProvider"
@@ -599,21 +599,28 @@ class Profiler:
             return
         self.journal.start(provenance({"version": self.runtime.version}))
         seen = [row["sentinel_ms"] for row in self.journal.rows.values()]
-        self.reference = min([*seen, self.time_rounds([])])
-        for chunk in chunks(todo, self.protocol["chunk"]):
-            for row in self.measure(chunk):
+        self.reference = min([*seen, *self.known, self.time_rounds([])])
+        waiting = [(chunk, 0) for chunk in chunks(todo, self.protocol["chunk"])]
+        while waiting:
+            chunk, put_off = waiting.pop(0)
+            rows = self.measure(chunk, last=put_off >= self.protocol["pauses"])
+            if rows is None:
+                # The device is slower than it can be: later may be better, and what is later still is done meanwhile.
+                waiting.append((chunk, put_off + 1))
+                if all(times for _, times in waiting):
+                    time.sleep(self.protocol["pause_s"])
+                continue
+            for row in rows:
                 self.journal.add(row)
             self.progress(len(self.journal.rows), total)
 
-    def measure(self, chunk):
-        """Rows of a chunk of jobs; again after a pause while the device drifts or says that it is throttled."""
-        for attempt in range(PAUSES + 1):
-            timers = [self.timer(job) for job in chunk]
-            sentinel_ms, limited = self.time_rounds(timers), throttled()
-            self.reference = min(self.reference, sentinel_ms)
-            if attempt == PAUSES or (sentinel_ms <= (1 + DRIFT) * self.reference and not limited):
-                break
-            time.sleep(self.protocol["pause_s"])
+    def measure(self, chunk, last):
+        """Rows of a chunk of jobs; None if the device drifted or said that it is throttled, but for the last try."""
+        timers = [self.timer(job) for job in chunk]
+        sentinel_ms, limited = self.time_rounds(timers), throttled()
+        self.reference = min(self.reference, sentinel_ms)
+        if not last and (limited or sentinel_ms > (1 + DRIFT) * self.reference):
+            return None
         return [t.row(sentinel_ms, limited) for t in timers]
 
     def time_rounds(self, timers):
@@ -646,10 +653,11 @@ def chunks(jobs, size):
         yield chunk
 
 
-def profile(bundle, journal_path, progress=None, runtime=None, wait=None):
+def profile(bundle, journal_path, progress=None, runtime=None, wait=None, known=()):
     """Time every job of a bundle that the journal does not hold yet; returns the journal.
 
-    `wait` is called while another process holds the journal; without it that is an error.
+    `wait` is called while another process holds the journal; without it that is an error. `known` are times in ms that
+    the sentinel has been seen to take on this device.
     """
     setting = bundle.plan["setting"]
     if runtime is None:
@@ -658,7 +666,7 @@ def profile(bundle, journal_path, progress=None, runtime=None, wait=None):
         runtime = RUNTIMES[setting["runtime"]](setting)
     journal = Journal(journal_path, bundle.plan, wait)
     try:
-        Profiler(bundle, journal, runtime, progress).run()
+        Profiler(bundle, journal, runtime, progress, known).run()
     finally:
         journal.close()
     return journal

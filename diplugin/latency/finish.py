@@ -67,17 +67,22 @@ class _Times:
         one_thread = setting["threads"] == 1 and setting["provider"] == "CPUExecutionProvider"
         self.clock = "cpu_ms" if one_thread else "wall_ms"
         self.plan, self.rows = plan, rows
-        self.calm_ms = (1 + device.DRIFT) * min(row["sentinel_ms"] for row in rows.values())
+        self.best_ms = min(row["sentinel_ms"] for row in rows.values())
 
     def unstable(self, row: Row) -> bool:
         """Whether a row scattered, or the device was slower than at its best while it was timed."""
-        return row["unstable"] or row["sentinel_ms"] > self.calm_ms
+        return row["unstable"] or row["sentinel_ms"] > (1 + device.DRIFT) * self.best_ms
+
+    def ms(self, row: Row) -> float:
+        """A row's time; one taken in a slow minute is brought down by as much as the sentinel beside it was slow."""
+        slow = row["sentinel_ms"] > (1 + device.DRIFT) * self.best_ms
+        return row[self.clock] * (self.best_ms / row["sentinel_ms"] if slow else 1.0)
 
     def of(self, *kinds: str) -> Iterator[tuple[Mapping[str, Any], Row, float]]:
         for job in self.plan["jobs"]:
             if job["kind"] in kinds:
                 row = self.rows[job["id"]]
-                yield job["detail"], row, row[self.clock]
+                yield job["detail"], row, self.ms(row)
 
 
 def table_from_rows(

@@ -37,7 +37,8 @@ class Protocol:
     Of each round the fastest run counts, of the rounds the lower quartile. `chunk` jobs are interleaved with each
     other; a slow graph runs at least `min_runs` times a round; a restless job gets up to `patience` times the rounds.
     `gap_ms` between rounds spreads them over time;
-    after a pause of `pause_s` a chunk is timed again if the device was slower than before, at most three times.
+    a chunk is timed again later if the device was slower than at its best, at most `pauses` times, with pauses of
+    `pause_s` once nothing else is left to do.
     """
 
     rounds: int = 10
@@ -49,6 +50,7 @@ class Protocol:
     patience: int = 3
     gap_ms: float = 2.0
     pause_s: float = 2.0
+    pauses: int = 3
 
 
 THOROUGH = Protocol()

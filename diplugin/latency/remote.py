@@ -127,7 +127,7 @@ class Remote:
         return self.call(f"test -f {there} && cat {there} || true")
 
 
-class ConnectionLost(DeviceError):  # noqa: N818, it reads as what happened
+class ConnectionLost(DeviceError):
     """The connection broke; what runs on the device goes on, and the same command takes it up again."""
 
 
