@@ -125,7 +125,7 @@ def dependency_graph(
         forward: runs the model on the inputs; None for `model(*example_inputs)`.
 
     Raises:
-        ModelError: the model does not run on the example inputs.
+        ModelError: the model does not run on the example inputs, or cannot be followed.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -135,15 +135,20 @@ def dependency_graph(
         warnings.simplefilter("ignore")
         try:
             # Once without torch-pruning, which would hide why a call fails and leave its hooks behind.
-            _check_output(model, model(*example_inputs) if forward is None else forward(model, example_inputs))
-            return tp.DependencyGraph().build_dependency(model, example_inputs, forward_fn=forward, verbose=False)
-        except ModelError:
-            raise
+            output = model(*example_inputs) if forward is None else forward(model, example_inputs)
         except Exception as error:
             shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in example_inputs]
             raise ModelError(
                 f"expected a model that runs on example inputs of shapes {shapes}, got {type(error).__name__}: "
                 f"{first_line(error)}; check --example-shape and the model's first layers"
+            ) from error
+        _check_output(model, output)
+        try:
+            return tp.DependencyGraph().build_dependency(model, example_inputs, forward_fn=forward, verbose=False)
+        except Exception as error:
+            raise ModelError(
+                f"expected a model that torch-pruning can follow, got {type(error).__name__}: {first_line(error)}; "
+                "it cannot where channels are split and joined again, or where a one-slope PReLU is concatenated"
             ) from error
 
 
