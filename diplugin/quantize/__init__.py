@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from .allocation import BitAllocation
 from .export import QuantizedExport, export_model
-from .onnx_file import JoinedWeights, SplitLayers
+from .layouts import JoinedWeights, SplitLayers
 from .rounding import CompensatedRounding, NearestRounding
 from .run import QuantizedResult, Quantizer, export_quantized, quantize
 from .run_folder import quantize_run, read_bits

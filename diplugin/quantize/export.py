@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from ..errors import ModelError, UserError
 from ..export import export_onnx, run_onnx
 from .fake import layers_on_grid, weight_grid
-from .onnx_file import INT2_OPSET, INT4_OPSET, JoinedWeights, Layout, StoredLayer, rewrite
+from .layouts import JoinedWeights, Layout, StoredLayer
+from .onnx_file import INT2_OPSET, INT4_OPSET, rewrite
 
 #: A difference beyond this is no rounding edge but a wrong file.
 TOLERANCE = 2e-2

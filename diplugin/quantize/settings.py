@@ -9,7 +9,7 @@ from ..costs import Budget
 from ..errors import BudgetError, UserError
 from ..recovery import FineTuning
 from .grid import BIT_WIDTHS
-from .onnx_file import JoinedWeights, Layout
+from .layouts import JoinedWeights, Layout
 from .rounding import CompensatedRounding, Rounding
 from .strategies import BitStrategy, DIBits
 
