@@ -85,6 +85,7 @@ class Demo:
             budgets=[Budget("macs", fraction=self.macs), Budget("latency_ms", fraction=self.latency)],
             latency_table=table, recovery=Distillation(epochs=self.recovery_epochs), limits=SearchLimits(align=1),
             test_loader=source.test, out=out, seed=self.seed, tell=tell,
+            source={"source": "diplugin.demo:digits_net", "data": "digits"},
         )  # fmt: skip
 
     def trained(self, source: DataSource, tell: Callable[[str], None]) -> nn.Module:

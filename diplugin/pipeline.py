@@ -14,7 +14,7 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -90,6 +90,7 @@ def compress(
     get_labels: GetLabels = labels_of,
     forward: Forward = forward_inputs,
     resume: bool = False,
+    source: Mapping[str, str] | None = None,
     tell: Tell | None = None,
 ) -> CompressionResult:
     """Prune a network to its budgets, recover it, export it and write down what was measured.
@@ -112,6 +113,7 @@ def compress(
         holdout: fraction of the training data set aside.
         seed: of every random choice.
         resume: go on with a run that was killed.
+        source: what the command line calls the model ("source") and the data ("data"); recorded.
         tell: called with one line for every stage.
 
     Raises:
@@ -119,9 +121,12 @@ def compress(
         InfeasibleBudget: no structure within reach meets the budgets.
     """
     get_labels, forward = guarded_labels(get_labels), guarded_forward(forward)
-    strategy = OneShot(rho, tap or AfterActivation(), limits or SearchLimits(), tuple(repairs), images, get_labels,
-                       forward)  # fmt: skip
-    config = _config(model, budgets, latency_table, recovery, bits, strategy, holdout, seed, test_loader is not None)
+    strategy = OneShot(
+        rho=rho, tap=tap or AfterActivation(), limits=limits or SearchLimits(), repairs=tuple(repairs),
+        images=images, get_labels=get_labels, forward=forward,
+    )  # fmt: skip
+    config = {**_config(model, budgets, latency_table, recovery, bits, strategy, holdout, seed),
+              "test_data": test_loader is not None, **(source or {})}  # fmt: skip
     if not budgets:
         raise BudgetError("expected a budget such as macs=0.5, got none")
     with tempfile.TemporaryDirectory() as scratch:
@@ -353,7 +358,7 @@ def _warnings_logged(folder: RunFolder) -> Iterator[None]:
 
 def _config(
     model: nn.Module, budgets: Sequence[Budget], table: LatencyTable | None, recovery: FineTuning | None, bits: Any,
-    strategy: OneShot, holdout: float, seed: int, tested: bool,
+    strategy: OneShot, holdout: float, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What was asked for, as JSON; two runs with the same configuration and data are the same run."""
     if not isinstance(model, nn.Module):
@@ -370,7 +375,7 @@ def _config(
         "bits": None if bits is None else json.loads(json.dumps(asdict(bits), default=str)),
         "rho": strategy.rho, "tap": repr(strategy.tap), "limits": asdict(strategy.limits),
         "repairs": [repr(repair) for repair in strategy.repairs], "images": images, "holdout": holdout, "seed": seed,
-        "test_data": tested, "versions": versions(),
+        "ranking": repr(strategy.ranking), "versions": versions(),
     }  # fmt: skip
 
 

@@ -7,9 +7,10 @@ channels across the network by their score per cost.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .discriminant import Sketch
@@ -26,6 +27,7 @@ from .features import (
     score_points,
 )
 from .groups import ChannelGroup
+from .reader_energy import measuring
 from .taps import AfterActivation, Tap, points_of, root_scores
 
 
@@ -39,12 +41,15 @@ class GroupScores:
         di: group name -> DI of the tapped tensors (their mean), in [0, 1).
         images: how many images were scored.
         rho: the relative ridge.
+        energies: group name -> float64 [channels]: how much of what its readers write comes from each channel
+            (`reader_energy`); empty where it was not asked for.
     """
 
     scores: Mapping[str, Tensor]
     di: Mapping[str, float]
     images: int
     rho: float
+    energies: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def score_groups(
@@ -93,3 +98,32 @@ def score_groups(
         di[group.name] = sum(ran) / len(ran)
     images = max((s.images for s in seen.values()), default=0)
     return GroupScores(scores, di, images, rho)
+
+
+def group_energies(
+    model: nn.Module, batch: Any, groups: Sequence[ChannelGroup], forward: Forward = forward_inputs
+) -> dict[str, Tensor]:
+    """Reader energy of the root channels of every prunable group, float64 [channels], from one batch.
+
+    Summed over a group's readers; no labels are needed.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), measuring(model, layers) as meter:
+            forward(model, batch)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    found = meter.energies()
+    result = {}
+    for group in groups:
+        total = torch.zeros(group.channels, dtype=torch.float64)
+        for member in group.side("in", ("weighted", "depthwise")) if group.prunable else ():
+            if member.layer in found:
+                read = found[member.layer].cpu()[torch.tensor(member.channels)]
+                total.index_add_(0, torch.tensor(member.roots), read)
+        if bool(total.any()):
+            result[group.name] = total
+    return result

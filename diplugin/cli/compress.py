@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             bits=_bits(args.bits), out=args.out, test_loader=data.test, augment=data.augment, rho=args.rho,
             limits=SearchLimits(floor=args.floor, align=args.align),
             images=args.images, seed=args.seed, resume=args.resume, tell=tell,
+            source={"source": args.model, "data": args.data},
         )  # fmt: skip
     print_metrics(result.metrics)
     print(f"open {args.out / 'report.html'}")

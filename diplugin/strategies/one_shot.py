@@ -7,18 +7,19 @@ keeps less (see the study under benchmarks/).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..costs import Budget, CostModel
-from ..features import CHUNK_SIZE, Forward, GetLabels, forward_inputs, labels_of
+from ..features import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, forward_inputs, labels_of, to_device
 from ..network import NetworkTrace
 from ..plan import PruningPlan
+from ..ranking import ByBoth, Ranking, hand_out
 from ..recovery import REPAIRS, Cut, Repair, best_repair
-from ..scoring import GroupScores, score_groups
+from ..scoring import GroupScores, group_energies, score_groups
 from ..search import FixedScores, SearchLimits, greedy_search
 from ..taps import AfterActivation, Tap
 
@@ -30,6 +31,7 @@ class OneShot:
     Attributes:
         rho: relative ridge of DI.
         tap: which tensors are scored.
+        ranking: which channels of a group leave first; how many do, DI alone says.
         limits: floor and alignment of the widths.
         repairs: what is tried on the cut network; the holdout chooses among them.
         images: training images used for scores and repairs.
@@ -37,6 +39,7 @@ class OneShot:
 
     rho: float = 10.0
     tap: Tap = field(default_factory=AfterActivation)
+    ranking: Ranking = field(default_factory=ByBoth)
     limits: SearchLimits = field(default_factory=SearchLimits)
     repairs: tuple[Repair, ...] = REPAIRS
     images: int = 2000
@@ -44,15 +47,30 @@ class OneShot:
     forward: Forward = forward_inputs
 
     def score(self, model: nn.Module, loader: Iterable[Any], trace: NetworkTrace) -> GroupScores:
-        """DI of every prunable group."""
-        return score_groups(model, first_images(loader, self.images), trace.groups, rho=self.rho, tap=self.tap,
-                            get_labels=self.get_labels, forward=self.forward, chunk_size=CHUNK_SIZE)  # fmt: skip
+        """DI of every prunable group, and how much its readers make of each channel."""
+        scores = score_groups(
+            model, first_images(loader, self.images), trace.groups, rho=self.rho, tap=self.tap,
+            get_labels=self.get_labels, forward=self.forward, chunk_size=CHUNK_SIZE,
+        )  # fmt: skip
+        batch = to_device(next(iter(chunks(first_images(loader, CHUNK_SIZE)))), device_of(model))
+        return replace(scores, energies=group_energies(model, batch, trace.groups, self.forward))
+
+    def losses(self, trace: NetworkTrace, scores: GroupScores) -> dict[str, Tensor]:
+        """What the search takes channels to be worth: DI's losses, handed out in the order of the ranking."""
+        return {
+            g.name: hand_out(
+                scores.scores[g.name], self.ranking(scores.scores[g.name], scores.energies.get(g.name)), g.blocks
+            )
+            for g in trace.prunable
+        }
 
     def search(
         self, trace: NetworkTrace, scores: GroupScores, costs: Sequence[CostModel], budgets: Sequence[Budget]
     ) -> PruningPlan:
         """The plan for these scores."""
-        return greedy_search(trace, FixedScores(trace.prunable, scores.scores), costs, budgets, self.limits)
+        return greedy_search(
+            trace, FixedScores(trace.prunable, self.losses(trace, scores)), costs, budgets, self.limits
+        )
 
     def carve(
         self, model: nn.Module, loader: Iterable[Any], trace: NetworkTrace, plan: PruningPlan,
