@@ -166,7 +166,7 @@ def main() -> None:
     only = args.only
     if args.quick:
         setting = replace(setting, fractions=(0.5,), recipe=replace(setting.recipe, epochs=1, images=3_000))
-        seeds, only = seeds[:1], only or "L2,compress"
+        seeds, only = seeds[:1], only or "L2;compress"
     data = Data.read(args.data)
     read = data.holdout if args.judge == "holdout" else data.judge
     judged = read(1_000) if args.quick else read()

@@ -133,7 +133,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--weights", type=Path, required=True, help="folder of the networks' safetensors")
     parser.add_argument("--json", type=Path, help="where rows and targets are written; rows found there are kept")
     parser.add_argument("--quick", action="store_true", help="a minute's version")
-    parser.add_argument("--only", help="contenders whose names contain one of these words, separated by commas")
+    parser.add_argument("--only", help="contenders whose names contain one of these words, separated by ;")
     return parser
 
 
@@ -158,7 +158,7 @@ class Notebook:
 
 def chosen(names: Sequence[Any], only: str | None) -> Iterator[Any]:
     """Contenders whose names contain one of the words."""
-    words = [word.strip().lower() for word in (only or "").split(",")]
+    words = [word.strip().lower() for word in (only or "").split(";")]
     return (c for c in names if any(word in c.name.lower() for word in words))
 
 
