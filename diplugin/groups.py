@@ -144,7 +144,9 @@ def dependency_graph(
             ) from error
         _check_output(model, output)
         try:
-            return tp.DependencyGraph().build_dependency(model, example_inputs, forward_fn=forward, verbose=False)
+            # torch-pruning's annotation leaves out its own default, None.
+            how: dict[str, Any] = {"forward_fn": forward, "verbose": False}
+            return tp.DependencyGraph().build_dependency(model, example_inputs, **how)
         except Exception as error:
             raise ModelError(
                 f"expected a model that torch-pruning can follow, got {type(error).__name__}: {first_line(error)}; "
@@ -309,8 +311,8 @@ def remove_channels(
         for name, channels in removed.items():
             if not channels:
                 continue
-            module: Any = modules.get(name)
-            known = module is not None and module in graph.module2node
+            module = modules.get(name, model)
+            known = name in modules and module in graph.module2node
             pruner = graph.get_pruner_of_module(module) if known else None
             width = graph.get_out_channels(module) if known else None
             if pruner is None or width is None:
