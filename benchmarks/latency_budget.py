@@ -123,7 +123,9 @@ class Bench:
     def torch_pruning(self, fraction: float) -> nn.Module:
         """torch-pruning's global L2 with round_to=8, pruned step by step until its MACs are low enough."""
         model = copy.deepcopy(self.model)
-        ignored = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        free = {m.layer for g in self.trace.prunable for m in g.members if m.side == "out"}
+        layers = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear))
+        ignored = [m for n, m in layers if n not in free]
         importance = tp.importance.GroupMagnitudeImportance(p=2)
         pruner = tp.pruner.BasePruner(model, self.inputs, importance, iterative_steps=50,
                                       global_pruning=True, pruning_ratio=0.95, round_to=8, ignored_layers=ignored,

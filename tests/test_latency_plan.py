@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diplugin.costs.latency import LatencyCost, timed_layers
-from diplugin.errors import TableError
-from diplugin.latency import finish, load_bundle
+from diplugin.errors import TableError, UncalibratedLatencyWarning
+from diplugin.latency import device, finish, load_bundle
+from diplugin.latency.finish import table_from_rows
 from diplugin.latency.plan import (
     ProfilePlan,
     Protocol,
@@ -32,7 +33,7 @@ from diplugin.latency.plan import (
     width_grid,
 )  # fmt: skip
 from diplugin.network import NetworkTrace, trace_network
-from diplugin.tables import Alignment, Calibration, OpKey
+from diplugin.tables import Alignment, Calibration, LatencyTable, OpKey
 
 QUICK = Protocol(rounds=2, runs=2, min_runs=1, round_ms=0.2, warmup_ms=0.0, patience=1, gap_ms=0.0, pause_s=0.0)
 INPUTS = (torch.zeros(1, 3, 8, 8),)
@@ -176,8 +177,6 @@ def test_finish_wants_the_whole_journal_of_its_own_plan(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(TableError, match="header"):
         finish(plan.plan, tmp_path / "empty.jsonl")
-    from diplugin.latency import device
-
     journal = device.Journal(str(tmp_path / "begun.jsonl"), plan.plan)
     journal.start({})
     journal.close()
@@ -200,3 +199,31 @@ def test_estimates_grow_with_the_plan() -> None:
 def test_no_threads_is_refused() -> None:
     with pytest.raises(TableError, match="thread"):
         runtime_setting(0)
+
+
+def test_int8_entries_are_planned_run_and_looked_up_apart(tmp_path: Path) -> None:
+    model = plain()
+    trace = trace_network(model, INPUTS)
+    plan = make_plan(
+        model, INPUTS, trace, name="p", setting=runtime_setting(), alignment=Alignment(8, 8), nets=0, protocol=QUICK,
+        dtype="int8",
+    )  # fmt: skip
+    assert {key.dtype for key in keys(plan)} == {"int8"}
+    rows = device.profile(plan, str(tmp_path / "j")).rows
+    table = table_from_rows(plan.plan, rows, {})
+    with pytest.warns(UncalibratedLatencyWarning):
+        assert LatencyCost(trace, table, dtype="int8").base > 0
+    with pytest.raises(TableError, match="float32"):
+        LatencyCost(trace, table)
+
+
+def test_a_bundle_run_on_an_emulator_guides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIPLUGIN_EMULATED", "1")
+    model = plain()
+    trace = trace_network(model, INPUTS)
+    plan = plan_of(model, trace)
+    device.profile(plan, str(tmp_path / "j"))
+    table = finish(plan.plan, tmp_path / "j")
+    assert table.emulated and LatencyTable.load(table.save(tmp_path / "t.json")).emulated
+    with pytest.raises(TableError, match="emulator"):
+        LatencyCost(trace, table)
