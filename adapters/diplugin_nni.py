@@ -16,23 +16,26 @@ DI's own settings stand in the constructor, since NNI's configuration schema is 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diplugin.errors import DataError, DipluginError, MissingExtraError, ModelError, UserError
-from diplugin.features import Forward, GetLabels, Observation, device_of, labels_of, to_device
+from diplugin.features import CHUNK_SIZE, Forward, GetLabels, Observation, chunks, device_of, labels_of, to_device
 from diplugin.groups import ChannelGroup
 from diplugin.layer_scores import score_layers
 from diplugin.masks import dead_channels, follower_masks, followers, remove_masked
 from diplugin.network import trace_network
+from diplugin.ranking import ByBoth, Ranking, hand_out
 from diplugin.samples import call_inputs, collect, forward_any, images_in, on_cpu
+from diplugin.scoring import group_energies
+from diplugin.strategies import first_images
 from diplugin.taps import Tap
 
 try:
     from diplugin_nni_config import checked_config, config_list_for, follower_config, nni_errors
+    from diplugin_nni_evaluator import check_sources, first_batch, torch_evaluator
     from diplugin_nni_targets import (
         TRANSPOSED,
         Targets,
@@ -46,8 +49,6 @@ try:
         side_of,
         targets_with,
     )  # fmt: skip
-    from nni.common import is_traceable
-    from nni.compression import TorchEvaluator
     from nni.compression.base.compressor import Compressor, Pruner
     from nni.compression.base.config import select_modules_by_config
     from nni.compression.base.target_space import PruningTargetSpace
@@ -77,6 +78,7 @@ class DIPruner(Pruner):
         existed_wrappers: for `from_compressor`.
         rho: ridge relative to the mean energy of an image.
         tap: which tensors stand for a layer, see `diplugin.taps`.
+        ranking: which channels of a layer leave first, while DI's losses compare layers, see `diplugin.ranking`.
         get_labels, forward: `get_labels(batch)` and `forward(model, batch)` for batches of other forms.
         align_followers: mask BatchNorms and depthwise convolutions along with the layers they follow.
         max_samples: images kept for scoring, on the CPU; bounds memory.
@@ -102,14 +104,15 @@ class DIPruner(Pruner):
         *,
         rho: float = 10.0,
         tap: Tap | None = None,
+        ranking: Ranking | None = None,
         get_labels: GetLabels | None = None,
         forward: Forward | None = None,
         align_followers: bool = True,
         max_samples: int = MAX_SAMPLES,
         example_inputs: tuple[Any, ...] | None = None,
     ) -> None:
-        _check_sources(evaluator, training_steps, calibration_data)
-        self.tap, self.max_samples = tap, max_samples
+        check_sources(evaluator, training_steps, calibration_data)
+        self.tap, self.ranking, self.max_samples = tap, ranking or ByBoth(), max_samples
         self.observation = Observation(get_labels or labels_of, forward or forward_any, _positive("rho", rho))
         self._calibration = None if calibration_data is None else collect(calibration_data, max_samples)
         self._sampled: list[Any] = []
@@ -222,7 +225,7 @@ class DIPruner(Pruner):
         dummy = getattr(evaluator, "dummy_input", None)
         if dummy is not None:
             return dummy if isinstance(dummy, tuple) else (dummy,)
-        batch = _first_batch(model, evaluator) if evaluator is not None else None
+        batch = first_batch(model, evaluator) if evaluator is not None else None
         return None if batch is None else call_inputs(model, batch, self.observation)
 
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
@@ -241,11 +244,18 @@ class DIPruner(Pruner):
         if not batches:
             raise DataError("expected batches to score, training_func called no training_step")
         wanted = list(dict.fromkeys(sides.values()))
-        scores = score_layers(self.bound_model, batches, wanted, self._groups, self.tap, self.observation)
+        rank = self._rank_by(batches)
+        scores = score_layers(self.bound_model, batches, wanted, self._groups, self.tap, self.observation, rank)
         data: Tensors = {}
         for (module, target), side in sides.items():
             data.setdefault(module, {})[target] = scores[side]
         return data
+
+    def _rank_by(self, batches: list[Any]) -> Callable[[ChannelGroup, Tensor], Tensor]:
+        model, forward = self.bound_model, self.observation.forward
+        batch = to_device(next(iter(chunks(first_images(batches, CHUNK_SIZE)))), device_of(model))
+        energies = group_energies(model, batch, self._groups, forward)
+        return lambda group, losses: hand_out(losses, self.ranking(losses, energies.get(group.name)), group.blocks)
 
     def _calculate_metrics(self, data: Tensors) -> Tensors:
         spaces = self._target_spaces
@@ -295,70 +305,10 @@ def speedup(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]], 
     return remove_masked(model, masks, example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
 
 
-def torch_evaluator(training_func: Any, optimizers: Any, training_step: Any, **kwargs: Any) -> TorchEvaluator:
-    """NNI's `TorchEvaluator`, which says what is wrong with an optimizer instead of an empty AssertionError.
-
-    Raises:
-        UserError: an optimizer or scheduler that was not made through `nni.trace`.
-    """
-    schedulers = kwargs.get("lr_schedulers") or []
-    for name, given in (("optimizer", optimizers), ("lr_scheduler", schedulers)):
-        for one in given if isinstance(given, (list, tuple)) else [given]:
-            if not is_traceable(one):
-                kind = type(one).__name__
-                raise UserError(f"expected {name} made as nni.trace({kind})(...), got a plain {kind}: NNI rebuilds it")
-    return TorchEvaluator(training_func, optimizers, training_step, **kwargs)
-
-
-def _check_sources(evaluator: Any, training_steps: Any, calibration_data: Any) -> None:
-    if evaluator is None and calibration_data is None:
-        raise UserError("expected calibration_data, or an evaluator with training_steps, for DIPruner; got neither")
-    if evaluator is not None and not isinstance(evaluator, Evaluator):
-        raise UserError(f"expected an NNI evaluator such as TorchEvaluator, got {type(evaluator).__name__}")
-    steps_count = isinstance(training_steps, int) and not isinstance(training_steps, bool) and training_steps >= 1
-    if not steps_count and (training_steps is not None or calibration_data is None):
-        raise UserError(f"expected training_steps as an integer of 1 or more, got {training_steps!r}")
-
-
 def _positive(name: str, value: float) -> float:
     if not isinstance(value, (int, float)) or not value > 0:
         raise UserError(f"expected {name} above 0, got {value!r}")
     return float(value)
-
-
-def _first_batch(model: nn.Module, evaluator: Evaluator) -> Any:
-    """The first batch that an evaluator trains on, without training: the loss is tapped and the loop left.
-
-    Buffers, modes and random state are put back.
-    """
-
-    class Seen(Exception):  # noqa: N818
-        pass
-
-    batches: list[Any] = []
-
-    def look(loss: Tensor, batch: Any) -> Tensor:
-        batches.append(on_cpu(batch))
-        raise Seen
-
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    modes = {module: module.training for module in model.modules()}
-    evaluator.bind_model(model, {name: name for name, _ in model.named_parameters()})
-    try:
-        evaluator.patch_loss(look)
-        with torch.random.fork_rng():
-            evaluator.train(max_steps=1)
-    except Exception:
-        # Whatever else is wrong with the loop will show when it runs in earnest.
-        pass
-    finally:
-        evaluator.unbind_model()
-        with torch.no_grad():
-            for name, b in model.named_buffers():
-                b.copy_(buffers[name])
-        for module, training in modes.items():
-            module.training = training
-    return batches[0] if batches else None
 
 
 def _groups_of(model: nn.Module, inputs: tuple[Any, ...] | None) -> tuple[ChannelGroup, ...]:

@@ -7,7 +7,7 @@ classifier's outputs, a group that is left alone) is scored at the layer itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ def score_layers(
     groups: Sequence[ChannelGroup] = (),
     tap: Tap | None = None,
     observation: Observation | None = None,
+    rank: Callable[[ChannelGroup, Tensor], Tensor] | None = None,
 ) -> dict[LayerSide, Tensor]:
     """First-order DI of every channel of the given layer sides.
 
@@ -38,6 +39,7 @@ def score_layers(
         sides: (layer, "out") or (layer, "in").
         groups: from `trace_groups`, of the same network; empty scores every layer at its own tensors.
         tap: which tensors stand for a group.
+        rank: from a group and its losses [channels] to the scores it gets, `ranking.hand_out` say; None leaves them.
 
     Returns:
         float64 [channels of that side], fractions of label variance.
@@ -51,7 +53,8 @@ def score_layers(
     tied = list(dict.fromkeys(group for pairs in owners.values() for group, _ in pairs))
     direct = [TapPoint(*side) for side in sides if side not in owners]
     seen = score_points(model, loader, tuple(dict.fromkeys([*points_of(tied, tap), *direct])), observation)
-    roots = {group.name: _roots(group, tap, seen) for group in tied}
+    losses = {group.name: _roots(group, tap, seen) for group in tied}
+    roots = {g.name: even_over_units(g, losses[g.name] if rank is None else rank(g, losses[g.name])) for g in tied}
     return {side: _tied(owners[side], roots) if side in owners else _own(side, seen) for side in sides}
 
 
@@ -87,7 +90,7 @@ def _roots(group: ChannelGroup, tap: Tap, seen: Mapping[TapPoint, ChunkScores]) 
     scores = root_scores(group, tap, lambda point: seen[point].scores if point in seen else None)
     if scores is None:
         raise _never_ran(group.name)
-    return even_over_units(group, scores)
+    return scores
 
 
 def _tied(pairs: Sequence[tuple[ChannelGroup, GroupMember]], roots: Mapping[str, Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from nni.compression import TorchEvaluator  # noqa: E402
 from nni.compression.pruning import AGPPruner, L1NormPruner, LinearPruner  # noqa: E402
 
 from diplugin.groups import trace_groups  # noqa: E402
+from diplugin.ranking import ByLoss  # noqa: E402
 from diplugin.scoring import score_groups  # noqa: E402
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
@@ -130,11 +131,11 @@ def test_calibration_data_serves_a_scheduler_as_well(make_net: MakeNet, make_ima
     assert set(sparsity(masks).values()) == {0.5}
 
 
-def test_kept_channels_are_those_of_largest_score(make_net: MakeNet, make_images: MakeImages) -> None:
+def test_by_loss_the_channels_of_largest_loss_stay(make_net: MakeNet, make_images: MakeImages) -> None:
     model, inputs = make_net("residual")
     loader = make_images(100).loader(50)
     scores = score_groups(model, loader, trace_groups(model, inputs)).scores
-    _, masks = DIPruner(model, config(model, 0.25), calibration_data=loader).compress()
+    _, masks = DIPruner(model, config(model, 0.25), calibration_data=loader, ranking=ByLoss()).compress()
     for layer in ("a1", "c1"):
         kept = masks[layer]["weight"].flatten(1).any(1)
         assert scores[layer][kept].min() >= scores[layer][~kept].max()

@@ -165,32 +165,6 @@ def test_an_optimizer_for_an_evaluator(make_net: MakeNet) -> None:
     assert_one_line(caught.value)
 
 
-def test_an_untraced_optimizer(make_net: MakeNet) -> None:
-    model, _ = make_net("vgg")
-    with pytest.raises(UserError, match=r"optimizer made as nni.trace\(SGD\)\(...\), got a plain SGD") as caught:
-        torch_evaluator(looping([]), torch.optim.SGD(model.parameters(), lr=0.1), step)
-    assert_one_line(caught.value)
-
-
-def test_an_untraced_scheduler(make_net: MakeNet) -> None:
-    model, _ = make_net("vgg")
-    optimizer = traced(model)
-    with pytest.raises(UserError, match=r"lr_scheduler made as nni.trace\(StepLR\)"):
-        torch_evaluator(looping([]), optimizer, step, lr_schedulers=torch.optim.lr_scheduler.StepLR(optimizer, 1))
-
-
-@pytest.mark.parametrize(("batches", "took"), [(0, 0), (2, 2)])
-def test_a_training_function_that_stops_early(
-    make_net: MakeNet, make_images: Callable[..., Any], batches: int, took: int
-) -> None:
-    model, _ = make_net("vgg")
-    loader = make_images(40).loader(20)[:batches]
-    evaluator = torch_evaluator(looping(loader), traced(model), step, dummy_input=X[:1])
-    with pytest.raises(UserError, match=f"at least 5 optimizer steps .* it took {took}") as caught:
-        DIPruner(model, GOOD, evaluator, 5).compress()
-    assert_one_line(caught.value)
-
-
 def test_a_layer_that_never_runs(make_images: Callable[..., Any]) -> None:
     class Idle(nn.Module):
         def __init__(self) -> None:

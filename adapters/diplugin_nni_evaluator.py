@@ -1,0 +1,75 @@
+"""NNI's evaluators: made with clear complaints, checked, and asked for one batch without training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from nni.common import is_traceable
+from nni.compression import TorchEvaluator
+from nni.compression.utils import Evaluator
+from torch import Tensor, nn
+
+from diplugin.errors import UserError
+from diplugin.samples import on_cpu
+
+
+def torch_evaluator(training_func: Any, optimizers: Any, training_step: Any, **kwargs: Any) -> TorchEvaluator:
+    """NNI's `TorchEvaluator`, which says what is wrong with an optimizer instead of an empty AssertionError.
+
+    Raises:
+        UserError: an optimizer or scheduler that was not made through `nni.trace`.
+    """
+    schedulers = kwargs.get("lr_schedulers") or []
+    for name, given in (("optimizer", optimizers), ("lr_scheduler", schedulers)):
+        for one in given if isinstance(given, (list, tuple)) else [given]:
+            if not is_traceable(one):
+                kind = type(one).__name__
+                raise UserError(f"expected {name} made as nni.trace({kind})(...), got a plain {kind}: NNI rebuilds it")
+    return TorchEvaluator(training_func, optimizers, training_step, **kwargs)
+
+
+def check_sources(evaluator: Any, training_steps: Any, calibration_data: Any) -> None:
+    """Raise UserError unless there is data to score: calibration data, or an evaluator and how long it trains."""
+    if evaluator is None and calibration_data is None:
+        raise UserError("expected calibration_data, or an evaluator with training_steps, for DIPruner; got neither")
+    if evaluator is not None and not isinstance(evaluator, Evaluator):
+        raise UserError(f"expected an NNI evaluator such as TorchEvaluator, got {type(evaluator).__name__}")
+    steps_count = isinstance(training_steps, int) and not isinstance(training_steps, bool) and training_steps >= 1
+    if not steps_count and (training_steps is not None or calibration_data is None):
+        raise UserError(f"expected training_steps as an integer of 1 or more, got {training_steps!r}")
+
+
+def first_batch(model: nn.Module, evaluator: Evaluator) -> Any:
+    """The first batch that an evaluator trains on, without training: the loss is tapped and the loop left.
+
+    Buffers, modes and random state are put back.
+    """
+
+    class Seen(Exception):
+        pass
+
+    batches: list[Any] = []
+
+    def look(loss: Tensor, batch: Any) -> Tensor:
+        batches.append(on_cpu(batch))
+        raise Seen
+
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
+    evaluator.bind_model(model, {name: name for name, _ in model.named_parameters()})
+    try:
+        evaluator.patch_loss(look)
+        with torch.random.fork_rng():
+            evaluator.train(max_steps=1)
+    except Exception:
+        # Whatever else is wrong with the loop will show when it runs in earnest.
+        pass
+    finally:
+        evaluator.unbind_model()
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
+        for module, training in modes.items():
+            module.training = training
+    return batches[0] if batches else None
