@@ -18,32 +18,36 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch_pruning as tp
+from diplugin_torch_pruning_groups import (
+    device_of_group,
+    fault_of,
+    key_of,
+    modules_of,
+    peek,
+    wanted_points,
+    whole_group,
+)
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from diplugin.discriminant.targets import check_positive
-from diplugin.errors import DataError, ModelError, NotFittedError, StaleScoresWarning, UserError
+from diplugin.errors import ModelError, NotFittedError, StaleScoresWarning, UserError
 from diplugin.features import (
     CHUNK_SIZE,
     Forward,
     GetLabels,
     Observation,
-    device_of,
     forward_inputs,
     labels_of,
-    to_device,
 )
 from diplugin.fitted_scores import (
-    WEIGHTED,
     ChannelCost,
     FittedScores,
     MACs,
@@ -52,7 +56,7 @@ from diplugin.fitted_scores import (
     weighted_layers,
     width_of,
 )
-from diplugin.groups import ChannelGroup, dependency_graph, group_from_torch_pruning
+from diplugin.groups import ChannelGroup, group_from_torch_pruning
 from diplugin.ranking import ByBoth, ByLoss, Ranking, hand_out, lift_best
 from diplugin.survivors import Survivors
 from diplugin.taps import AfterActivation, AtLayer, Tap, TapPoint, points_of, root_scores
@@ -173,8 +177,8 @@ class DIImportance(tp.importance.Importance):
             raise ModelError(f"expected a torch.nn.Module to fit, got {type(model).__name__}")
         if not weighted_layers(model):
             raise ModelError("expected a model with a convolution or linear layer to score, this one has none")
-        first, batches = _peek(loader)
-        points = _points(model, first, self._observation, self.tap)
+        first, batches = peek(loader)
+        points = wanted_points(model, first, self._observation, self.tap)
         self._use(fit_scores(model, batches, points, self._observation))
         self._names = weakref.WeakKeyDictionary({module: name for name, module in model.named_modules()})
         self._again = (model, loader) if self.refit else None
@@ -221,20 +225,20 @@ class DIImportance(tp.importance.Importance):
             NotFittedError: not fitted, fitted on another model, or none of the group's layers ran.
         """
         scores = self.explain(group).scores
-        return None if scores is None else scores.float().to(_device(group))
+        return None if scores is None else scores.float().to(device_of_group(group))
 
     def explain(self, group: Any) -> Explanation:
         """What the importance of a group is made of."""
-        full, chosen = _full(group)
+        full, chosen = whole_group(group)
         graph = group._DG
         name = graph._module2name.get(group[0].dep.target.module, "")
-        note = _broken(full)
+        note = fault_of(full)
         if note:
             return Explanation(name, note, None, None, None, ())
         converted = self._named(graph, full, group_from_torch_pruning(graph, full))
         if not self._current(graph, full, converted) and self._again is not None:
             self.fit(*self._again)
-        self._survivors.remember(_key(graph, full), converted)
+        self._survivors.remember(key_of(graph, full), converted)
         rows, tap = self._tensors(converted)
         at = {point: scores for point, _, scores in rows}
         losses = root_scores(converted, tap, lambda point: at.get(point))
@@ -293,7 +297,7 @@ class DIImportance(tp.importance.Importance):
             NotFittedError: they do not, and there is no loader to fit again with.
         """
         self._survivors.follow(graph)
-        modules = {self._names.get(m, graph._module2name.get(m, "")): m for m in _modules(group)}
+        modules = {self._names.get(m, graph._module2name.get(m, "")): m for m in modules_of(group)}
         layers: dict[str, nn.Module] = {}
         for member in _AnyMember().members(converted):
             layer = modules.get(member.layer)
@@ -330,98 +334,3 @@ class _AnyMember:
 
     def members(self, group: ChannelGroup) -> Any:
         return tuple(m for m in group.members if m.kind in ("weighted", "depthwise"))
-
-
-def _key(graph: Any, group: Any) -> tuple[str, bool]:
-    root = group[0].dep
-    return graph._module2name[root.target.module], bool(graph.is_out_channel_pruning_fn(root.trigger))
-
-
-def _full(group: Any) -> tuple[Any, Tensor]:
-    """The group with all its root channels, and which of those the given one holds."""
-    root, graph = group[0].dep, group._DG
-    width = (graph.get_out_channels if graph.is_out_channel_pruning_fn(root.handler) else graph.get_in_channels)(
-        root.target.module
-    )
-    chosen = torch.tensor(list(group[0].idxs), dtype=torch.long)
-    if width is None or len(chosen) == width:
-        return group, torch.arange(len(chosen))
-    return graph.get_pruning_group(root.target.module, root.handler, list(range(width))), chosen
-
-
-def _broken(group: Any) -> str:
-    """Why a full group cannot be pruned soundly; empty if nothing speaks against it.
-
-    Zero-padded and sliced shortcuts shift channels in ways that no dependency graph follows. They show in channels
-    that a layer does not have: in the group itself or, where it holds a part of a layer only, in that layer's own.
-    (A part is nothing bad by itself: a layer that is summed with a concatenation belongs to a group for each piece.)
-    """
-    graph = group._DG
-    fault = _out_of_range(group)
-    for item in () if fault else group.items:
-        module = item.dep.target.module
-        if isinstance(module, WEIGHTED) and graph.is_out_channel_pruning_fn(item.dep.handler):
-            width = width_of(module, "out")
-            if len(set(item.idxs)) < width:
-                own = graph.get_pruning_group(module, item.dep.handler, list(range(width)))
-                fault = fault or _out_of_range(own)
-    return fault
-
-
-def _out_of_range(group: Any) -> str:
-    graph = group._DG
-    for item in group.items:
-        module = item.dep.target.module
-        if isinstance(module, WEIGHTED):
-            width = width_of(module, "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in")
-            if (last := max(item.idxs, default=0)) >= width:
-                name = graph._module2name.get(module, "")
-                return f"it leads to channel {last} of {name}, which has {width}: a zero-padded or sliced tensor"
-    return ""
-
-
-def _modules(group: Any) -> Iterator[nn.Module]:
-    return (i.dep.target.module for i in group.items if isinstance(i.dep.target.module, nn.Module))
-
-
-def _device(group: Any) -> torch.device:
-    weights = (p.device for module in _modules(group) for p in module.parameters())
-    return next(weights, torch.device("cpu"))
-
-
-def _peek(loader: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The loader's first batch, and an iterable over all of them."""
-    if not hasattr(loader, "__iter__"):
-        raise DataError(f"expected a loader that yields batches, got {type(loader).__name__}")
-    batches = iter(loader)
-    try:
-        first = next(batches)
-    except StopIteration:
-        raise DataError("expected a loader that yields batches, got an empty one") from None
-    return first, chain([first], batches)
-
-
-def _points(model: nn.Module, batch: Any, observation: Observation, tap: Tap) -> tuple[TapPoint, ...]:
-    """Every tensor that some group of the model will ask for; all of them if its groups cannot be traced here."""
-    few = to_device(_head(batch), device_of(model))
-    try:
-        graph = dependency_graph(model, (few,), lambda model, inputs: observation.forward(model, inputs[0]))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            groups = [group_from_torch_pruning(graph, group) for group in graph.get_all_groups()]
-        points = points_of(groups, tap)
-    except Exception:
-        points = ()
-    layers = weighted_layers(model)
-    modules = dict(model.named_modules())
-    known = tuple(p for p in points if p.layer in modules)
-    return known or tuple(TapPoint(name, side) for name in layers for side in ("in", "out"))
-
-
-def _head(batch: Any) -> Any:
-    """The first two images of a batch whose leaves are tensors of one length; else the batch."""
-    leaves = pytree.tree_leaves(batch)
-    lengths = {len(x) if isinstance(x, Tensor) and x.ndim else -1 for x in leaves}
-    if len(lengths) != 1 or -1 in lengths:
-        return batch
-    return pytree.tree_map(lambda x: x[:2], batch)

@@ -90,10 +90,14 @@ def save_pruned(model: nn.Module, plan: PruningPlan, folder: str | Path) -> None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         plan.save(folder / PLAN_FILE)
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()},
-                  folder / WEIGHTS_FILE)  # fmt: skip
+        save_weights(model, folder / WEIGHTS_FILE)
     except OSError as error:
         raise PlanError(f"expected a folder that can be written at {folder}, got {error}") from error
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write a model's parameters and buffers as safetensors."""
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, str(path))
 
 
 def load_pruned(fresh_model: nn.Module, folder: str | Path) -> nn.Module:
