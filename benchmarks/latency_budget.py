@@ -102,14 +102,26 @@ class Bench:
             path.write_bytes(export_bytes(model, self.inputs, ["x"]))
             return measure_onnx(path).latency_ms
 
-    def guided(self, cost: Any, fraction: float) -> nn.Module:
-        """DI's greedy search under one budget; the latency budget keeps the table's held-out error to spare."""
-        calibration = self.latency.table.calibration
-        spare = 1 - min(0.05, calibration.mape) if calibration is not None and cost is self.latency else 1.0
-        budget = Budget(cost.name, fraction=fraction * spare)
+    def searched(self, cost: Any, limit: float) -> nn.Module:
+        """DI's greedy search under one budget, cut."""
         scorer = FixedScores(self.trace.prunable, self.scores)
-        plan = greedy_search(self.trace, scorer, [cost], [budget])
+        plan = greedy_search(self.trace, scorer, [cost], [Budget(cost.name, limit=limit)])
         return apply_plan(copy.deepcopy(self.model), plan, self.inputs)
+
+    def by_macs(self, fraction: float) -> nn.Module:
+        return self.searched(self.macs, fraction * self.macs.base)
+
+    def by_latency(self, fraction: float) -> nn.Module:
+        """As `compress` does on the device itself: search, time the cut net, and search tighter while it is over."""
+        asked = limit = fraction * self.base_ms
+        model = self.searched(self.latency, limit)
+        for _ in range(3):
+            measured = self.measure(model)
+            if measured <= asked:
+                break
+            limit *= 0.995 * asked / measured
+            model = self.searched(self.latency, limit)
+        return model
 
     def uniform(self, fraction: float) -> nn.Module:
         """Every group keeps the same fraction of its channels, the ones with the largest DI scores."""
@@ -146,8 +158,8 @@ class Bench:
 
     def contenders(self) -> Iterator[tuple[str, float, Callable[[], nn.Module]]]:
         for fraction in CURVE:
-            yield "DI by latency", fraction, lambda f=fraction: self.guided(self.latency, f)
-            yield "DI by MACs", fraction, lambda f=fraction: self.guided(self.macs, f)
+            yield "DI by latency", fraction, lambda f=fraction: self.by_latency(f)
+            yield "DI by MACs", fraction, lambda f=fraction: self.by_macs(f)
         for fraction in FRACTIONS:
             yield "uniform", fraction, lambda f=fraction: self.uniform(f)
             yield "torch-pruning round_to=8", fraction, lambda f=fraction: self.torch_pruning(f)

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import TableError
 from ..tables import Alignment, Entry, LatencyTable, NetTiming, OpKey, Setting
 from . import device
-from .calibration import calibrate, measured_alignment
+from .calibration import MIN_NETS, calibrate, measured_alignment
 
 MIN_SHARE = 0.2
 Row = Mapping[str, Any]
@@ -102,7 +102,8 @@ def table_from_rows(
             entry = Entry(key, net, row["cpu_ms"], row["wall_ms"], row["cv"], times.unstable(row))
             entries.setdefault(key, entry)
             probes += [key] if kind == "probe" else []
-    nets = tuple(_net(detail, row, ms, entries) for detail, row, ms in times.of("net"))
+    timed = [(_net(detail, row, ms, entries), times.unstable(row)) for detail, row, ms in times.of("net")]
+    nets, steady = tuple(net for net, _ in timed), [net for net, unstable in timed if not unstable]
     known = plan["alignment"]
     version = provenance.get("runtime_version") or plan["setting"]["version"]
     setting = Setting(**{**plan["setting"], "version": version})
@@ -110,7 +111,7 @@ def table_from_rows(
         name=name or plan["name"], device=device_name or str(provenance.get("device", "unknown device"))[:160],
         setting=setting, entries=tuple(entries.values()), nets=nets,
         alignment=Alignment(**known) if known else alignment_of(entries, probes),
-        overhead_ms=overhead, calibration=calibrate(nets),
+        overhead_ms=overhead, calibration=calibrate(steady if len(steady) >= MIN_NETS else nets),
         emulated=bool(provenance.get("emulated", False)), provenance=dict(provenance), plan_sha256=plan["sha256"],
     )  # fmt: skip
 
