@@ -136,6 +136,26 @@ def test_chunks_are_left_alone() -> None:
     assert next(g for g in groups.values() if ("left", "out") in sides(g)).prunable
 
 
+class Circles(nn.Module):
+    """A slice of a tensor is concatenated to it, and both are added up: torch-pruning alone never ends on this."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.narrow, self.wide = nn.Conv2d(3, 8, 3), nn.Conv2d(4, 6, 1), nn.Conv2d(12, 6, 1)
+        self.gain, self.head = nn.PReLU(8), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        half = x[:, ::2]
+        both = torch.cat([self.gain(x), half], 1)
+        return self.head((self.wide(both) * self.narrow(half).sigmoid()).mean((2, 3)))
+
+
+def test_circles_end() -> None:
+    with pytest.raises(ModelError, match="goes in circles"):
+        trace_groups(Circles(), (torch.randn(1, 3, 8, 8),))
+
+
 def test_an_unknown_module_is_named_in_the_note() -> None:
     class Attends(nn.Module):
         def __init__(self) -> None:

@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"errors"},
     {"discriminant", "plan", "samples", "tables", "groups", "network", "taps", "features", "costs"},
-    {"accuracy", "boundary", "measurements", "export", "fitted_scores", "ranking", "reader_energy", "holdout", "labels", "latency", "layer_scores", "mask_rules", "masks", "quantize",
-     "recovery", "reference", "run_folder", "scoring", "search", "surgery", "survivors"},
+    {"accuracy", "boundary", "export", "fitted_scores", "holdout", "labels", "latency", "layer_scores", "mask_rules",
+     "masks", "measurements", "quantize", "ranking", "reader_energy", "recovery", "reference", "run_folder", "scoring",
+     "search", "surgery", "survivors"},
     {"compare", "contenders", "report", "sources", "strategies"},
     {"pipeline"},
     {"cli", "demo"},
