@@ -9,6 +9,8 @@ import torch
 
 from diplugin.quantize.grid import (
     ActivationGrid,
+    ChannelScales,
+    TensorScale,
     WeightGrid,
     fit_activation_grid,
     fit_weight_grid,
@@ -56,6 +58,15 @@ def test_fitted_grids_hold_their_integers_and_beat_the_plain_scale():
         assert integers.min() >= -(2 ** (width - 1)) and integers.max() <= 2 ** (width - 1) - 1
         errors = [(g.project(weight) - weight).square().sum(1) for g in (grid, plain)]
         assert bool((errors[0] <= errors[1] * 1.01).all())
+
+
+def test_one_scale_for_the_tensor_is_one_and_worse():
+    weight = torch.randn(8, 30) * torch.logspace(-1, 1, 8)[:, None]
+    bits = torch.full((8,), 4)
+    tensor, channels = (fit(weight, bits, torch.ones(1, 30)) for fit in (TensorScale(), ChannelScales()))
+    assert len(tensor.scale.unique()) == 1
+    errors = [(grid.project(weight) - weight).square().sum(1) / weight.square().sum(1) for grid in (tensor, channels)]
+    assert errors[1].mean() < 0.2 * errors[0].mean()
 
 
 def test_no_bits_mean_zero_weights():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from .allocation import BitAllocation
 from .export import QuantizedExport, export_model
+from .grid import ChannelScales, TensorScale
 from .layouts import JoinedWeights, SplitLayers
 from .rounding import CompensatedRounding, NearestRounding
 from .run import QuantizedResult, Quantizer, export_quantized, quantize
@@ -22,6 +23,7 @@ from .strategies import DIBits, MagnitudeBits, OutputErrorBits, RandomBits, Unif
 __all__ = [
     "BitAllocation",
     "Bits",
+    "ChannelScales",
     "CompensatedRounding",
     "DIBits",
     "EndLayers",
@@ -34,6 +36,7 @@ __all__ = [
     "Quantizer",
     "RandomBits",
     "SplitLayers",
+    "TensorScale",
     "UniformBits",
     "export_model",
     "export_quantized",

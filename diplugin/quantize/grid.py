@@ -14,6 +14,7 @@ different sides of a rounding edge in them; with free scales such flips spread f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -82,6 +83,39 @@ def fit_weight_grid(
             best_error = torch.where(better, error, best_error)
             scale = torch.where(better, candidate.scale, scale)
     return WeightGrid(bits, scale)
+
+
+class Scales(Protocol):
+    """How scales are fitted: `weight` [C, D], `bits` [C], `importance` [C, D] of squared errors -> a grid."""
+
+    def __call__(self, weight: Tensor, bits: Tensor, importance: Tensor) -> WeightGrid: ...
+
+
+@dataclass(frozen=True)
+class ChannelScales:
+    """A scale for every output channel, of `significant_bits` significant bits."""
+
+    significant_bits: int = 5
+
+    def __call__(self, weight: Tensor, bits: Tensor, importance: Tensor) -> WeightGrid:
+        return fit_weight_grid(weight, bits, importance=importance, significant_bits=self.significant_bits)
+
+
+@dataclass(frozen=True)
+class TensorScale:
+    """One scale for all channels of the same width: the baseline that channel scales have to beat."""
+
+    significant_bits: int = 5
+
+    def __call__(self, weight: Tensor, bits: Tensor, importance: Tensor) -> WeightGrid:
+        scale = torch.ones(len(weight))
+        for width in bits.unique():
+            rows = bits == width
+            joined = fit_weight_grid(weight[rows].reshape(1, -1), width[None],
+                                     importance=importance.expand_as(weight)[rows].reshape(1, -1),
+                                     significant_bits=self.significant_bits)  # fmt: skip
+            scale[rows] = joined.scale
+        return WeightGrid(bits, scale)
 
 
 @dataclass(frozen=True)

@@ -135,9 +135,7 @@ class Quantizer:
         self._statistics = {name: s for name, s in seen.items() if name not in self.kept_float}
         if not self._statistics:
             raise ModelError("expected a convolution or linear layer that can be quantized, the model runs none")
-        self.task = Task(
-            folded.cpu(), self._statistics, self._choice(folded), (), bits.rounding, bits.weight_scale_bits
-        )
+        self.task = Task(folded.cpu(), self._statistics, self._choice(folded), (), bits.rounding, bits.scales)
         self._grids: dict[str, ActivationGrid] = {
             name: fit_activation_grid(torch.cat(s.samples), significant_bits=bits.activation_scale_bits)
             for name, s in self._statistics.items()

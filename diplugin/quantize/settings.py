@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..costs import Budget
 from ..errors import BudgetError, UserError
 from ..recovery import FineTuning
-from .grid import BIT_WIDTHS
+from .grid import BIT_WIDTHS, ChannelScales, Scales
 from .layouts import JoinedWeights, Layout
 from .rounding import CompensatedRounding, Rounding
 from .strategies import BitStrategy, DIBits
@@ -44,7 +44,8 @@ class Bits:
         layout: of layers with several widths, in the file.
         images: calibration images.
         rho: relative ridge of Discriminant Information.
-        weight_scale_bits, activation_scale_bits: significant bits of scales; few make every sum exact (see `grid`).
+        scales: of weights; few significant bits make every sum exact (see `grid`).
+        activation_scale_bits: significant bits of activations' scales.
         seed: of samples and of training.
     """
 
@@ -57,7 +58,7 @@ class Bits:
     layout: Layout = field(default_factory=JoinedWeights)
     images: int = 500
     rho: float = 10.0
-    weight_scale_bits: int = 5
+    scales: Scales = field(default_factory=ChannelScales)
     activation_scale_bits: int = 1
     seed: int = 0
 
@@ -70,5 +71,7 @@ class Bits:
         ends = {width for width in (self.ends.first, self.ends.last) if width is not None}
         if set(self.widths) - set(BIT_WIDTHS) or not set(self.widths) - {0} or ends - set(BIT_WIDTHS) or 0 in ends:
             raise UserError(f"expected widths out of {BIT_WIDTHS} and ends above 0, got {self.widths} and {self.ends}")
-        if self.images < 2 or not self.rho > 0 or self.weight_scale_bits < 1 or self.activation_scale_bits < 1:
-            raise UserError("expected images of 2 or more, rho above 0 and scales of 1 significant bit or more")
+        if self.images < 2 or not self.rho > 0 or self.activation_scale_bits < 1:
+            raise UserError(
+                "expected images of 2 or more, rho above 0 and activation_scale_bits of 1 or more"
+            )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import Choice, Limit, cheapest, least_damage
-from .grid import WeightGrid, fit_weight_grid
+from .grid import Scales, WeightGrid
 from .observe import LayerStatistics
 from .rounding import Rounding
 
@@ -41,7 +41,7 @@ class Task:
     choice: Choice
     limits: tuple[Limit, ...]
     rounding: Rounding
-    weight_bits: int
+    scales: Scales
 
     @cached_property
     def _rounded(self) -> dict[tuple[str, int], RoundedLayer]:
@@ -60,7 +60,7 @@ class Task:
             gram = (statistics.gram / max(1, statistics.patches)).float()
             energy = torch.diagonal(gram, dim1=2, dim2=3).flatten(1).repeat_interleave(len(weight) // len(gram), 0)
             bits = torch.full((len(weight),), width, dtype=torch.int64)
-            grid = fit_weight_grid(weight, bits, importance=energy, significant_bits=self.weight_bits)
+            grid = self.scales(weight, bits, energy)
             values = torch.zeros_like(weight)
             if width:
                 parts = zip(weight.chunk(gram.shape[1], 1), gram.unbind(1), strict=True)
