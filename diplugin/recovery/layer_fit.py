@@ -53,6 +53,7 @@ class LayerFit:
         self.unknowns = window if self.depthwise else window * channels
         self.sets = channels if self.depthwise else 1
 
+    @torch.no_grad()
     def solve(self, ridge: float, norm: Any) -> bool:
         """Refit the module in place; False where the fit was passed over."""
         if self.unknowns > _LARGEST_FIT:

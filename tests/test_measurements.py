@@ -1,0 +1,56 @@
+"""Verdicts on budgets, and figures that are counted on the network itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diplugin.costs import Budget
+from diplugin.features import forward_inputs, labels_of
+from diplugin.groups import remove_channels
+from diplugin.measurements import Measure, finite, verdict, versions
+from diplugin.network import trace_network
+from diplugin.plan import PlannedCost, PruningPlan
+
+
+def plan_with(**costs: tuple[float, float]) -> PruningPlan:
+    return PruningPlan({"a": (0,)}, {"a": 2}, {name: PlannedCost(*values) for name, values in costs.items()})
+
+
+def test_a_budget_is_met_as_measured() -> None:
+    plan = plan_with(latency_ms=(10.0, 4.9))
+    budget, base = Budget("latency_ms", limit=5.0), {"latency_ms_measured": 10.0}
+    assert verdict(budget, base, plan, {"latency_ms_measured": 4.8})["met"]
+    assert not verdict(budget, base, plan, {"latency_ms_measured": 5.2})["met"]
+    line = verdict(budget, base, plan, {"latency_ms_measured": None})
+    assert line == {"cost": "latency_ms", "asked": 5.0, "predicted": 4.9, "measured": None, "met": True}
+
+
+def test_a_fraction_of_latency_is_of_the_faster_of_prediction_and_clock() -> None:
+    plan, budget = plan_with(latency_ms=(10.0, 4.9)), Budget("latency_ms", fraction=0.5)
+    assert verdict(budget, {"latency_ms_measured": 9.0}, plan, {})["asked"] == 4.5
+    assert verdict(budget, {"latency_ms_measured": 12.0}, plan, {})["asked"] == 5.0
+    assert verdict(budget, {"latency_ms_measured": None}, plan, {})["asked"] == 5.0
+
+
+def test_costs_are_counted_on_the_cut_network(make_net: Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]) -> None:
+    model, inputs = make_net("residual")
+    group = trace_network(model, inputs).prunable[0]
+    remove_channels(model, inputs, {group.name: [0, 1]})
+    batches = [(torch.randn(4, *inputs[0].shape[1:]), torch.zeros(4, dtype=torch.long))]
+    figures = Measure(batches, inputs, None, labels_of, forward_inputs).pruned(model, plan_with(macs=(1.0, 1.0)))
+    assert figures["params"] == sum(p.numel() for p in model.parameters())
+    assert 0 <= figures["accuracy"] <= 1 and figures["latency_ms_predicted"] is None
+
+
+def test_json_gets_no_nan() -> None:
+    assert finite({"a": [math.nan, 1.0], "b": (math.inf, "x")}) == {"a": [None, 1.0], "b": [None, "x"]}
+
+
+@pytest.mark.parametrize("name", ["python", "torch", "machine"])
+def test_versions_name_what_figures_depend_on(name: str) -> None:
+    assert versions()[name]

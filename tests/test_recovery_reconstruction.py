@@ -1,0 +1,124 @@
+"""Reconstruction against exact answers: networks whose removed channels are redundant, and least squares by LAPACK."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diplugin.errors import DataError
+from diplugin.network import trace_network
+from diplugin.plan import PruningPlan
+from diplugin.recovery import Reconstruction, recalibrate_batchnorm, reconstruct
+from diplugin.recovery.layer_fit import LayerFit, Site
+from diplugin.surgery import apply_plan
+
+MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
+
+
+def half_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, PruningPlan]:
+    trace = trace_network(model, inputs)
+    kept = {
+        g.name: tuple(sorted(u + b * g.units for u in range((g.units + 1) // 2) for b in range(g.blocks)))
+        for g in trace.prunable
+    }
+    return trace, PruningPlan(kept, {g.name: g.channels for g in trace.prunable}, {}, trace.inputs)
+
+
+def make_redundant(model: nn.Module, trace: Any, plan: PruningPlan) -> None:
+    """Make every removed channel of a plain group a copy of a kept one: nothing is lost by removing it."""
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for group in trace.prunable:
+            kept = plan.kept[group.name]
+            for member in (m for m in group.members if m.side == "out"):
+                module: Any = modules[member.layer]
+                for name in ("weight", "bias", "running_mean", "running_var"):
+                    values = getattr(module, name, None)
+                    if values is not None:
+                        for gone in plan.removed[group.name]:
+                            values[gone] = values[kept[gone % len(kept)]]
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "vgg"])
+def test_redundant_channels_cost_nothing(make_net: MakeNet, kind: str) -> None:
+    model, inputs = make_net(kind)
+    trace, plan = half_of(model, inputs)
+    make_redundant(model, trace, plan)
+    x = torch.randn(200, *inputs[0].shape[1:], generator=torch.Generator().manual_seed(0))
+    pruned = apply_plan(copy.deepcopy(model), plan)
+    with torch.no_grad():
+        want, before = model(x), (pruned(x) - model(x)).abs().max()
+        done = reconstruct(pruned, model, [(x,)], trace, plan, Reconstruction(images=200, ridge=1e-7))
+        after = (pruned.eval()(x) - want).abs().max()
+    assert done and before > 0.05
+    assert after < 0.02 * before
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "depthwise", "dense", "vgg"])
+def test_it_comes_nearer_to_the_unpruned_outputs(
+    make_net: MakeNet, state_of: Callable[[nn.Module], dict[str, Any]], kind: str
+) -> None:
+    model, inputs = make_net(kind)
+    trace, plan = half_of(model, inputs)
+    draw = torch.Generator().manual_seed(0)
+    x, fresh = (torch.randn(400, *inputs[0].shape[1:], generator=draw) for _ in range(2))
+    before = state_of(model)
+    pruned = apply_plan(copy.deepcopy(model), plan)
+    recalibrated = recalibrate_batchnorm(copy.deepcopy(pruned), [(x, None)], forward=lambda m, b: m(b[0]))
+    keys = set(pruned.state_dict())
+    reconstruct(pruned, model, [(x,)], trace, plan)
+    with torch.no_grad():
+        errors = [float((net.eval()(fresh) - model(fresh)).square().mean()) for net in (pruned, recalibrated)]
+    assert errors[0] < errors[1], "on images that the fit has not seen"
+    assert set(pruned.state_dict()) == keys, "a fresh model takes the weights: no bias appears"
+    assert str(state_of(model)) == str(before), "the unpruned network is left as it was"
+
+
+def conv_of(depthwise: bool) -> tuple[nn.Conv2d, Site, Tensor, Tensor]:
+    torch.manual_seed(1)
+    channels = 4
+    conv = nn.Conv2d(channels, channels if depthwise else 5, 3, 2, 1, groups=channels if depthwise else 1)
+    x = torch.randn(30, channels, 9, 9)
+    target = torch.randn(30, conv.out_channels, 5, 5)
+    net = nn.Sequential(conv)
+    spec = trace_network(net, (x[:1],), verify=False).layers[0]
+    positions = torch.arange(25).repeat(30, 1)  # every position: the problem is then exactly LAPACK's
+    return conv, Site(spec, 0, torch.arange(conv.out_channels), None, positions), x, target
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_a_fit_is_the_least_squares_solution(depthwise: bool) -> None:
+    conv, site, x, target = conv_of(depthwise)
+    LayerFit(conv, site, x, site.sampled(target)).solve(1e-12, None)
+    columns = F.unfold(x, 3, padding=1, stride=2).transpose(1, 2).flatten(0, 1)
+    flat = target.flatten(2).transpose(1, 2).flatten(0, 1)
+    ones = torch.ones(len(columns), 1)
+    for out in range(conv.out_channels):
+        mine = columns[:, 9 * out : 9 * out + 9] if depthwise else columns
+        solution = torch.linalg.lstsq(torch.cat([mine, ones], 1).double(), flat[:, out : out + 1].double()).solution
+        assert torch.allclose(conv.weight[out].flatten().double(), solution[:-1, 0], atol=1e-4)
+        assert conv.bias is not None and torch.allclose(conv.bias[out].double(), solution[-1, 0], atol=1e-4)
+
+
+def test_a_large_ridge_holds_the_present_weights() -> None:
+    conv, site, x, target = conv_of(False)
+    before = conv.weight.detach().clone()
+    LayerFit(conv, site, x, site.sampled(target)).solve(1e9, None)
+    assert torch.allclose(conv.weight, before, atol=1e-6)
+
+
+def test_no_data_and_broken_data(make_net: MakeNet) -> None:
+    model, inputs = make_net("plain")
+    trace, plan = half_of(model, inputs)
+    pruned = apply_plan(copy.deepcopy(model), plan)
+    with pytest.raises(DataError, match="empty"):
+        reconstruct(pruned, model, [], trace, plan)
+    with pytest.raises(DataError, match="NaN"):
+        reconstruct(pruned, model, [(torch.full((8, *inputs[0].shape[1:]), float("nan")),)], trace, plan)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*model.modules(), *pruned.modules()])
