@@ -112,7 +112,7 @@ def plot(rows: list[dict[str, float]], stops: list[dict[str, Any]], path: Path) 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8.5, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     images = [row["images"] for row in rows]
@@ -121,18 +121,18 @@ def plot(rows: list[dict[str, float]], stops: list[dict[str, Any]], path: Path) 
         means, least = ([row[name] for row in rows] for name in (key, f"{key}_least"))
         axis.plot(images, means, "o-", ms=4, color=colour, label=label)
         axis.fill_between(images, least, means, color=colour, alpha=0.12)
-    for stop in stops:
-        if stop["images"]:
-            axis.axvline(stop["images"], color="#7f8c8d", lw=0.8, ls=":")
-            axis.text(stop["images"], axis.get_ylim()[0], f" stops at {stop['target']}", rotation=90, fontsize=7,
-                      va="bottom", color="#7f8c8d")  # fmt: skip
-    axis.set(xscale="log", xlabel="images scored", ylabel="agreement with 8,000 other images" if len(rows) > 8 else
-             "agreement with other images", title="How many images DI needs (ResNet-20, CIFAR-10)")  # fmt: skip
+    axis.set(xscale="log", xlabel="images scored", ylabel="agreement with other images",
+             title="How many images DI needs (ResNet-20, CIFAR-10)")  # fmt: skip
+    for place in sorted({stop["images"] for stop in stops if stop["images"]}):
+        names = ", ".join(f"{stop['target']}" for stop in stops if stop["images"] == place)
+        axis.axvline(place, color="#7f8c8d", lw=0.8, ls=":")
+        axis.text(place, 0.02, f" --until-stable {names}", rotation=90, fontsize=7, va="bottom", ha="right",
+                  color="#7f8c8d", transform=axis.get_xaxis_transform())  # fmt: skip
     axis.set_xticks(images, [f"{int(n):,}" for n in images])
     axis.minorticks_off()
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.savefig(path, dpi=130)
 
 
