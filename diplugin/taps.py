@@ -3,7 +3,10 @@
 A *tap* is an object that picks members of a group; the tensor at each of them is scored as a whole (a channel's score
 depends on the channels beside it), and the scores of its channels are summed onto the group's root channels, which is
 exact for the squared Frobenius norms that first-order DI consists of. What several tensors say of one channel is put
-together by the tap's `combine` object, their mean unless told otherwise.
+together by the tap's `combine` object, their sum unless told otherwise: a channel of a residual stream costs work in
+every layer that reads it, and its loss must grow with them as its cost does. (Measured on a small residual network
+with projected shortcuts, CIFAR-10, one threshold for losses per MAC, no training, top-1 at 70 / 50 / 30 % MACs: sum
+53.1 / 46.2 / 40.7, mean 49.2 / 28.0 / 25.1, maximum 48.3 / 34.2 / 22.9.)
 
 - `AfterActivation` (default): what the group's *readers* read, the input of the next convolution or linear layer, so
   behind normalisation, activation, pooling, shortcut sum, concatenation or gate, however the model's forward spells
@@ -26,7 +29,7 @@ What that means for every kind of group, each checked against brute force (remov
 | LayerNorm, GroupNorm | what is read behind it | its statistics run over the channels |
 | attention | input of the output projection | there heads become information |
 | squeeze and excitation | pooled input of the gate, and the gated maps | both readers lose the channel |
-| module called twice | the mean of its calls | one set of channels, read at two depths |
+| module called twice | the mean of its calls, as one tensor | one set of weights, read at two depths |
 | several inputs or outputs | readers of any of them | nothing special |
 | output of the model | output of its last layer | nothing in the network reads it |
 
@@ -99,7 +102,7 @@ class Largest:
 class AtLayer:
     """Score the output of the convolutions and linear layers that produce the channels."""
 
-    combine: Combine = Mean()
+    combine: Combine = Total()
 
     def members(self, group: ChannelGroup) -> tuple[GroupMember, ...]:
         return group.side("out") or group.side("out", ("depthwise",))
@@ -109,7 +112,7 @@ class AtLayer:
 class AfterActivation:
     """Score the channels as the next convolutions and linear layers read them."""
 
-    combine: Combine = Mean()
+    combine: Combine = Total()
 
     def members(self, group: ChannelGroup) -> tuple[GroupMember, ...]:
         readers = group.side("in") or group.side("in", ("depthwise",))
@@ -120,7 +123,7 @@ class AfterActivation:
 class AtNorm:
     """Score the output of the group's normalisation layers, falling back to the producers'."""
 
-    combine: Combine = Mean()
+    combine: Combine = Total()
 
     def members(self, group: ChannelGroup) -> tuple[GroupMember, ...]:
         return group.side("out", _NORM_KINDS) or AtLayer().members(group)
@@ -154,7 +157,7 @@ def root_scores(group: ChannelGroup, tap: Tap, at: Callable[[TapPoint], Tensor |
         return None
     stacked = torch.stack(rows)
     known = ~stacked.isnan().all(0)
-    combine: Combine = getattr(tap, "combine", Mean())
+    combine: Combine = getattr(tap, "combine", Total())
     combined = torch.zeros(group.channels, dtype=torch.float64)
     combined[known] = combine(stacked[:, known])
     combined[~known] = combined[known].max()

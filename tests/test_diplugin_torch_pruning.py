@@ -16,7 +16,7 @@ import diplugin
 from diplugin.discriminant import channel_scores
 from diplugin.errors import DataError, ModelError, NotFittedError, PlanError, StaleScoresWarning
 from diplugin.fitted_scores import MACs
-from diplugin.taps import AtLayer, Largest, TapPoint, Total
+from diplugin.taps import AtLayer, Largest, Mean, TapPoint
 
 SIDE = 8
 
@@ -108,15 +108,15 @@ def test_partial_groups_are_scored_like_the_channels_they_hold():
 def test_residual_group_puts_its_readers_together_as_the_tap_says():
     model = make()
     group, scores = group_of(model, "stem"), {}
-    for combine in (Total(), Largest(), None):
+    for combine in (Mean(), Largest(), None):
         tap = diplugin.taps.AfterActivation(combine) if combine else None
         importance = DIImportance(tap=tap, **PLAIN).fit(model, [data()])
         scores[type(combine).__name__] = importance(group)
     points = {p.layer: s.scores for p, s in importance.fitted.points.items() if p.side == "in"}
     stack = torch.stack([points["conv1"], points["conv3"], points["short"]]).float()
-    torch.testing.assert_close(scores["Total"], stack.sum(0))
+    torch.testing.assert_close(scores["Mean"], stack.mean(0))
     torch.testing.assert_close(scores["Largest"], stack.amax(0))
-    torch.testing.assert_close(scores["NoneType"], stack.mean(0))
+    torch.testing.assert_close(scores["NoneType"], stack.sum(0))
 
 
 @pytest.mark.parametrize("global_pruning", [False, True])

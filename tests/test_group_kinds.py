@@ -246,7 +246,7 @@ def columns_left(before: nn.Module, after: nn.Module, name: str) -> list[int]:
 
 
 def losses_by_surgery(kind: Kind, model: nn.Module, labels: Tensor) -> Tensor:
-    """DI lost when each unit leaves, mean over readers: [channels / blocks]."""
+    """DI lost when each unit leaves, summed over readers: [channels / blocks]."""
     maps = read(model, kind)
     ridges = [absolute_ridge(m, RHO) for m in maps]
     full = [discriminant_information(m, labels, ridge=r) for m, r in zip(maps, ridges, strict=True)]
@@ -261,7 +261,7 @@ def losses_by_surgery(kind: Kind, model: nn.Module, labels: Tensor) -> Tensor:
             left = [m[:, columns_left(model, pruned, n)] for m, (n, _) in zip(maps, kind.readers, strict=True)]
         gone = [d - discriminant_information(m, labels, ridge=r) if m.shape != o.shape else torch.nan * d
                 for d, m, r, o in zip(full, left, ridges, maps, strict=True)]  # fmt: skip
-        losses.append(torch.stack(gone).nanmean())
+        losses.append(torch.stack(gone).nansum())
     return torch.stack(losses)
 
 
@@ -282,7 +282,7 @@ def test_scores_are_what_surgery_costs(name: str) -> None:
     if name == "twice":  # two calls of one layer are one reader, whose score is the mean of its calls
         maps = read(model, kind)
         own = [channel_scores(m, labels, rho=RHO) for m in maps]
-        torch.testing.assert_close(by_unit, ((own[0] + own[1]) / 2 + own[2]) / 2, rtol=1e-5, atol=0)
+        torch.testing.assert_close(by_unit, (own[0] + own[1]) / 2 + own[2], rtol=1e-5, atol=0)
         return
     torch.testing.assert_close(by_unit, 2 * losses_by_surgery(kind, model, labels), rtol=1e-4, atol=0)
 

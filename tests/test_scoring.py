@@ -31,7 +31,7 @@ def inputs_of(model: nn.Module, images: Tensor, layer: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_by_hand(make_net: MakeNet, make_images: Any, kind: str) -> None:
-    """Formula on stored maps, channel by channel: mean over readers of the sum over the channels of a root."""
+    """Formula on stored maps, channel by channel: sum over readers and over the channels of a root."""
     model, inputs = make_net(kind)
     data = make_images(60)
     groups = trace_network(model, inputs).prunable
@@ -50,7 +50,7 @@ def test_scores_by_hand(make_net: MakeNet, make_images: Any, kind: str) -> None:
             for channel, root in zip(member.channels, member.roots, strict=True):
                 roots[root] += per_channel[channel]
             rows.append(roots)
-        torch.testing.assert_close(got.scores[group.name], torch.stack(rows).mean(0), rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(got.scores[group.name], torch.stack(rows).sum(0), rtol=1e-4, atol=1e-9)
 
 
 def test_di_is_that_of_the_tapped_tensor(make_net: MakeNet, make_images: Any) -> None:
