@@ -6,8 +6,10 @@ at the wrong position, shows in the output.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from torch import Tensor, nn
+
+# For the examples and benchmarks; last, so that an installed diplugin is the one that is tested.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("diplugin", deadline=None)
