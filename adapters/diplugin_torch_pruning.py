@@ -38,7 +38,7 @@ from diplugin_torch_pruning_groups import (
 from torch import Tensor, nn
 
 from diplugin.discriminant.targets import check_positive
-from diplugin.errors import ModelError, NotFittedError, StaleScoresWarning, UserError
+from diplugin.errors import FrozenLayersWarning, ModelError, NotFittedError, StaleScoresWarning, UserError
 from diplugin.features import (
     CHUNK_SIZE,
     Forward,
@@ -177,6 +177,7 @@ class DIImportance(tp.importance.Importance):
             raise ModelError(f"expected a torch.nn.Module to fit, got {type(model).__name__}")
         if not weighted_layers(model):
             raise ModelError("expected a model with a convolution or linear layer to score, this one has none")
+        _warn_of_frozen(model)
         first, batches = peek(loader)
         points = wanted_points(model, first, self._observation, self.tap)
         self._use(fit_scores(model, batches, points, self._observation))
@@ -326,6 +327,17 @@ class DIImportance(tp.importance.Importance):
                 f"scores are of the network that was fitted, and {what} since (seen at {name!r}); "
                 "call fit again for fresh ones, or pass refit=True", StaleScoresWarning, stacklevel=5,
             )  # fmt: skip
+
+
+def _warn_of_frozen(model: nn.Module) -> None:
+    layers = weighted_layers(model)
+    frozen = [name for name, layer in layers.items() if not any(p.requires_grad for p in layer.parameters())]
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} of {len(layers)} layers take no gradient ({frozen[0]!r} is one): they are scored, but "
+            "torch-pruning follows gradients and prunes nothing of them; call model.requires_grad_(True) before the "
+            "pruner is made", FrozenLayersWarning, stacklevel=3,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -83,3 +83,7 @@ class UncalibratedLatencyWarning(UserWarning):
 
 class RoundedLatencyWarning(UserWarning):
     """A latency was looked up at a wider profiled width, since its own width was not profiled."""
+
+
+class FrozenLayersWarning(UserWarning):
+    """Layers whose weights take no gradient: a host that follows gradients will silently leave them alone."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import diplugin
 from diplugin.discriminant import channel_scores
-from diplugin.errors import DataError, ModelError, NotFittedError, PlanError, StaleScoresWarning
+from diplugin.errors import DataError, FrozenLayersWarning, ModelError, NotFittedError, PlanError, StaleScoresWarning
 from diplugin.fitted_scores import MACs
 from diplugin.taps import AtLayer, Largest, Mean, TapPoint
 
@@ -379,3 +379,13 @@ def test_channels_last_and_bfloat16():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StaleScoresWarning)
         assert torch.corrcoef(torch.stack([half(group), want]))[0, 1] > 0.99
+
+
+def test_a_frozen_backbone_is_scored_and_told_of():
+    model, batch = make(), data()
+    want = DIImportance().fit(model, [batch])(group_of(model, "conv1"))
+    model.requires_grad_(False)
+    with pytest.warns(FrozenLayersWarning, match="6 of 6 layers"):
+        importance = DIImportance().fit(model, [batch])
+    model.requires_grad_(True)
+    torch.testing.assert_close(importance(group_of(model, "conv1")), want)
