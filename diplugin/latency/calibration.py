@@ -15,7 +15,7 @@ import numpy as np
 from ..tables import Alignment, Calibration, NetTiming
 
 STEPS = (1, 2, 4, 8, 16, 32)
-CLIFF, FREE = 0.04, 0.05
+CLIFF, FREE = 0.06, 0.05
 MIN_NETS = 10
 
 
@@ -74,16 +74,17 @@ def measured_alignment(staircases: Iterable[Mapping[int, float]]) -> Alignment:
     Alignment(step=4, plateau=8)
     """
     stairs = [dict(s) for s in staircases if len(s) >= 4]
-    step = next((s for s in STEPS if all(_no_cliff(stair, s) for stair in stairs)), STEPS[-1])
+    worst = {s: max((_cliff(stair, s) for stair in stairs), default=0.0) for s in STEPS}
+    step = next((s for s in STEPS if worst[s] <= CLIFF), min(STEPS, key=lambda s: worst[s]))
     plateaus = [p for p in STEPS if p % step == 0 and p >= step]
     free = [p for p in plateaus if all(_free(stair, step, p) for stair in stairs)] if stairs else []
     return Alignment(step, max(free, default=step))
 
 
-def _no_cliff(stair: Mapping[int, float], step: int) -> bool:
-    """Multiples of the step are, on average, hardly slower than the fastest of all wider widths."""
+def _cliff(stair: Mapping[int, float], step: int) -> float:
+    """How much slower multiples of the step are, on average, than the fastest of all wider widths; a fraction."""
     excess = [ms / min(v for u, v in stair.items() if u >= w) - 1 for w, ms in stair.items() if w % step == 0]
-    return not excess or sum(excess) <= CLIFF * len(excess)
+    return sum(excess) / len(excess) if excess else 0.0
 
 
 def _free(stair: Mapping[int, float], step: int, plateau: int) -> bool:
