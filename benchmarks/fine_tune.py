@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import Data, Notebook, Recipe, Row, arguments, at_least, chosen, network, print_targets
+from protocol import Data, Notebook, Recipe, Row, arguments, at_least, case_of, chosen, network, print_targets, prune
 from torch import nn
 
 from diplugin.accuracy import accuracy
@@ -33,7 +33,6 @@ from diplugin.compare import count_macs
 from diplugin.contenders import Case, Compress, Contender, default_contenders
 from diplugin.costs import macs
 from diplugin.groups import ChannelGroup
-from diplugin.network import trace_network
 from diplugin.plan import PlannedCost, PruningPlan
 from diplugin.recovery import Cut, Reconstruct
 
@@ -83,15 +82,10 @@ def _norms(model: nn.Module, group: ChannelGroup) -> torch.Tensor:
     return total
 
 
-def case_of(model: nn.Module, data: Data) -> Case:
-    inputs = (data.calibration(1)[0][0],)
-    return Case(model, inputs, trace_network(model, inputs), data.calibration(CALIBRATION), data.holdout(2_000))
-
-
 def run(setting: Setting, contenders: Sequence[Contender], data: Data, model: nn.Module, seeds: Sequence[int],
         book: Notebook, judged: Any) -> None:  # fmt: skip
     """The rows that the notebook does not hold."""
-    case = case_of(model, data)
+    case = case_of(model, data, CALIBRATION)
     x, y = (t.to(setting.device) for t in data.training(CALIBRATION, setting.recipe.images))
     for contender in contenders:
         for fraction in setting.fractions:
@@ -99,7 +93,7 @@ def run(setting: Setting, contenders: Sequence[Contender], data: Data, model: nn
             left = [seed for seed in seeds if not book.has(**row, seed=seed)]
             if not left:
                 continue
-            pruned = prune(contender, case, fraction)
+            pruned = prune(contender, case, (fraction,)).get(fraction)
             if pruned is None:
                 print(f"{contender.name}: {fraction:.0%} is out of reach")
                 continue
@@ -111,12 +105,6 @@ def run(setting: Setting, contenders: Sequence[Contender], data: Data, model: nn
                 book.add({**row, "seed": seed, "macs": share, "one_shot": before, "top1": top1})
                 print(f"{setting.net} {fraction:4.0%} {contender.name:32} seed {seed}  {before:6.2f} -> {top1:6.2f}",
                       flush=True)  # fmt: skip
-
-
-def prune(contender: Contender, case: Case, fraction: float) -> nn.Module | None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return contender.prune(case, (fraction,)).get(fraction)
 
 
 def medians(rows: Sequence[Row], net: str, target: float) -> dict[str, float]:

@@ -14,13 +14,27 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from nni_contenders import nni_contenders
-from protocol import Data, Notebook, Row, arguments, at_least, chosen, network, print_targets
+from protocol import (
+    Data,
+    Notebook,
+    Row,
+    arguments,
+    at_least,
+    case_of,
+    chosen,
+    network,
+    print_targets,
+    prune,
+    timed,
+)
 from torch import nn
 
-from diplugin.compare import compare
+from diplugin.accuracy import accuracy
+from diplugin.compare import count_macs
 from diplugin.contenders import Contender, default_contenders
 
 IMAGES = 1_500
@@ -41,21 +55,23 @@ def run(name: str, model: nn.Module, data: Data, contenders: Sequence[Contender]
         book: Notebook) -> None:  # fmt: skip
     """The rows of one network that the notebook does not hold."""
     fractions = (0.5,) if args.quick else (0.7, 0.5, 0.3)
+    case = case_of(model, data, 500 if args.quick else IMAGES)
+    judged = data.judge(1_000 if args.quick else None)
+    row: Row = {"net": name, "contender": "unpruned", "form": "unpruned", "target": 1.0}
+    if not book.has(**row):
+        book.add({**row, "macs": 1.0, "top1": 100 * accuracy(model, judged), "seconds": 0.0})
     for contender in contenders:
-        left = [f for f in fractions if not book.has(net=name, contender=contender.name, target=f)]
+        row = {"net": name, "contender": contender.name, "form": form(contender.name)}
+        left = [f for f in fractions if not book.has(**row, target=f)]
         if not left:
             continue
-        result = compare(model, data.calibration(500 if args.quick else IMAGES),
-                         example_inputs=(data.calibration(1)[0][0],), fractions=left, contenders=[contender],
-                         test_loader=data.judge(1_000 if args.quick else None), holdout=data.holdout(2_000),
-                         images=IMAGES)  # fmt: skip
-        for row in result.rows:
-            top1 = None if row.accuracy is None else 100 * row.accuracy
-            book.add({"net": name, "contender": row.contender, "form": form(row.contender), "target": row.target,
-                      "macs": row.macs, "params": row.params, "top1": top1, "seconds": row.seconds,
-                      "base": 100 * result.base_accuracy})  # fmt: skip
-        cells = "".join(f"{100 * r.accuracy:8.2f}" if r.accuracy is not None else "       –" for r in result.rows)
-        print(f"{name:9} {contender.name:32}{cells}", flush=True)
+        pruned, seconds = timed(partial(prune, contender, case, left))
+        for fraction, net in pruned.items():
+            top1 = None if net is None else 100 * accuracy(net, judged)
+            macs = None if net is None else count_macs(net, case.inputs) / count_macs(model, case.inputs)
+            book.add({**row, "target": fraction, "macs": macs, "top1": top1, "seconds": seconds / len(left)})
+            figure = "out of reach" if top1 is None else f"{top1:6.2f}"
+            print(f"{name:9} {contender.name:32} {fraction:4.0%} {figure}", flush=True)
 
 
 def best(rows: Sequence[Row], net: str, target: float, kind: str) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diplugin.contenders import Case, Contender
+from diplugin.network import trace_network
 from diplugin.sources import flip_and_shift
 from examples import cifar_resnet
 
@@ -84,6 +86,19 @@ def normalised(x: Tensor) -> Tensor:
 def _batches(x: Tensor, y: Tensor, first: int, count: int) -> Batches:
     return [(normalised(x[i : min(i + CHUNK, first + count)]), y[i : min(i + CHUNK, first + count)])
             for i in range(first, first + count, CHUNK)]  # fmt: skip
+
+
+def case_of(model: nn.Module, data: Data, images: int) -> Case:
+    """What every contender is given: calibration images, and a holdout for those that choose."""
+    inputs = (data.calibration(1)[0][0],)
+    return Case(model, inputs, trace_network(model, inputs), data.calibration(images), data.holdout(2_000))
+
+
+def prune(contender: Contender, case: Case, fractions: Sequence[float]) -> Mapping[float, nn.Module | None]:
+    """A contender's networks, seeded."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return contender.prune(case, fractions)
 
 
 @dataclass(frozen=True)
