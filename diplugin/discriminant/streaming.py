@@ -48,8 +48,8 @@ class Sketch:
             classes that do not occur in the chunk do not count) and the maps eight times as many. None: all.
         directions: see `positions`.
 
-    Against exact scores (`benchmarks/scoring_cost.py --data`, real images on EfficientNet-Lite0 with ImageNet weights and
-    on ResNet-50) the rank correlation is ≥ .999 in every layer with ten classes, ≥ .994 with a thousand logits.
+    Against exact scores (`benchmarks/scoring_cost.py --data`: real images on ResNet-50, and on EfficientNet-Lite0 with
+    ImageNet weights) the rank correlation is ≥ .999 in every layer with ten classes, ≥ .994 with a thousand logits.
     """
 
     columns: int | None = 16384
