@@ -304,7 +304,7 @@ def prune_to(model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, w
 def make_plan(
     model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, *, name: str, setting: Setting,
     alignment: Alignment = BY_EIGHT, points: int = 8, nets: int = 12, seed: int = 0,
-    protocol: Protocol = THOROUGH, dtype: str = "float32", probes: bool = True, graphs: Graphs | None = None,
+    protocol: Protocol | None = None, dtype: str = "float32", probes: bool = True, graphs: Graphs | None = None,
 ) -> ProfilePlan:  # fmt: skip
     """Everything that a latency budget on this model needs measured.
 
@@ -320,7 +320,7 @@ def make_plan(
     Raises:
         ModelError: the model cannot be exported or has no layer that can be timed.
     """
-    plan = ProfilePlan(name, setting, protocol, graphs or OnnxGraphs())
+    plan = ProfilePlan(name, setting, protocol or THOROUGH, graphs or OnnxGraphs())
     plan.grid = group_grids(trace, alignment, points)
     if probes and dtype == "float32":
         plan_probes(plan, trace)
