@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diplugin_torch_pruning import DIImportance as DIImportance
 
     from .costs import Budget as Budget
+    from .groups import trace_groups as trace_groups
     from .network import trace_network as trace_network
     from .pipeline import CompressionResult as CompressionResult
     from .pipeline import compress as compress

@@ -182,5 +182,3 @@ def remove_masked(model: nn.Module, masks: Masks, example_inputs: tuple[Any, ...
     dead = dead_channels(dict(model.named_modules()), masks)
     removed = {group.name: gone_roots(group, dead) for group in groups if group.prunable}
     return remove_channels(model, example_inputs, removed)
-
-

@@ -1,5 +1,4 @@
-"""A bounded sample of a user's data, and what the model is called with: for hosts that hand over batches of any form.
-"""
+"""A bounded sample of a user's data, and what the model is called with: for hosts whose batches take any form."""
 
 from __future__ import annotations
 

@@ -43,9 +43,7 @@ def test_equal_scores_give_equal_masks_and_blocks_lose_equally() -> None:
 
 @given(st.lists(SCORES, min_size=1, max_size=4), st.floats(0, 0.95), st.data())
 @settings(deadline=None)
-def test_a_shared_budget_is_met_and_bounds_hold(
-    metrics: list[torch.Tensor], ratio: float, data: st.DataObject
-) -> None:
+def test_a_shared_budget_is_met_and_bounds_hold(metrics: list[torch.Tensor], ratio: float, data: st.DataObject) -> None:
     grains = [data.draw(st.integers(1, 9)) for _ in metrics]
     highest = [data.draw(st.floats(0, 1)) for _ in metrics]
     masks = share_out(metrics, grains, ratio, [0.0] * len(metrics), highest)

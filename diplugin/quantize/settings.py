@@ -72,6 +72,4 @@ class Bits:
         if set(self.widths) - set(BIT_WIDTHS) or not set(self.widths) - {0} or ends - set(BIT_WIDTHS) or 0 in ends:
             raise UserError(f"expected widths out of {BIT_WIDTHS} and ends above 0, got {self.widths} and {self.ends}")
         if self.images < 2 or not self.rho > 0 or self.activation_scale_bits < 1:
-            raise UserError(
-                "expected images of 2 or more, rho above 0 and activation_scale_bits of 1 or more"
-            )
+            raise UserError("expected images of 2 or more, rho above 0 and activation_scale_bits of 1 or more")
