@@ -1,4 +1,4 @@
-"""NNI's own pruners as contenders: one sparsity for every layer, removed for real by `diplugin_nni.speedup`.
+"""NNI's own pruners and `DIPruner` beside them: one sparsity for every layer, removed for real by `speedup`.
 
 They rank the outputs of single layers, so they run on groups with one producer, which is every group inside a residual
 block. The sparsity is the smallest that meets the target, found on predicted costs.
@@ -7,7 +7,7 @@ block. The sparsity is the smallest that meets the target, found on predicted co
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +25,13 @@ _STEPS = 200
 
 @dataclass(frozen=True)
 class NNIPruner:
-    """One of `nni.compression.pruning`'s classes by name; `gradients` of the calibration images if it reads them."""
+    """A pruner of NNI's kind: `make(model, config_list, case)` builds it."""
 
     name: str
-    pruner: str
-    gradients: bool = False
+    make: Callable[[nn.Module, list[dict[str, Any]], Case], Any]
 
     def prune(self, case: Case, fractions: Sequence[float]) -> dict[float, nn.Module | None]:
         import diplugin_nni
-        from nni.compression import pruning
 
         groups = {g: producers[0] for g in case.trace.prunable if len(producers := _producers(g)) == 1}
         pruned: dict[float, nn.Module | None] = {}
@@ -44,8 +42,7 @@ class NNIPruner:
                 continue
             model = copy.deepcopy(case.model)
             config = [{"op_names": list(groups.values()), "sparse_ratio": ratio}]
-            more = {"evaluator": _evaluator(model, case), "training_steps": len(case.images)} if self.gradients else {}
-            _, masks = getattr(pruning, self.pruner)(model, config, **more).compress()
+            _, masks = self.make(model, config, case).compress()
             small = diplugin_nni.speedup(copy.deepcopy(case.model), masks, case.inputs)
             images = sum(len(case.get_labels(batch)) for batch in case.images)
             pruned[fraction] = recalibrate_batchnorm(small, case.images, images=images, forward=case.forward)
@@ -87,7 +84,28 @@ def _evaluator(model: nn.Module, case: Case) -> Any:
     return TorchEvaluator(run, nni.trace(torch.optim.SGD)(model.parameters(), lr=0.0), step)
 
 
+def _by_weights(name: str) -> Callable[..., Any]:
+    def make(model: nn.Module, config: list[dict[str, Any]], _case: Case) -> Any:
+        from nni.compression import pruning
+
+        return getattr(pruning, name)(model, config)
+
+    return make
+
+
+def _taylor(model: nn.Module, config: list[dict[str, Any]], case: Case) -> Any:
+    from nni.compression.pruning import TaylorPruner
+
+    return TaylorPruner(model, config, evaluator=_evaluator(model, case), training_steps=len(case.images))
+
+
+def _di(model: nn.Module, config: list[dict[str, Any]], case: Case) -> Any:
+    import diplugin
+
+    return diplugin.DIPruner(model, config, calibration_data=case.images, get_labels=case.get_labels)
+
+
 def nni_contenders() -> list[NNIPruner]:
-    """L1, FPGM and Taylor of NNI."""
-    return [NNIPruner("NNI L1", "L1NormPruner"), NNIPruner("NNI FPGM", "FPGMPruner"),
-            NNIPruner("NNI Taylor", "TaylorPruner", gradients=True)]  # fmt: skip
+    """L1, FPGM and Taylor of NNI, and ours in the same place."""
+    return [NNIPruner("NNI L1", _by_weights("L1NormPruner")), NNIPruner("NNI FPGM", _by_weights("FPGMPruner")),
+            NNIPruner("NNI Taylor", _taylor), NNIPruner("NNI DIPruner", _di)]  # fmt: skip
