@@ -26,6 +26,7 @@ from .features import (
     labels_of,
     score_points,
 )
+from .fitted_scores import weighted_layers
 from .groups import ChannelGroup
 from .reader_energy import measuring
 from .taps import AfterActivation, Tap, points_of, root_scores
@@ -107,11 +108,10 @@ def group_energies(
 
     Summed over a group's readers; no labels are needed.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.no_grad(), measuring(model, layers) as meter:
+        with torch.no_grad(), measuring(model, weighted_layers(model)) as meter:
             forward(model, batch)
     finally:
         for module, training in modes.items():

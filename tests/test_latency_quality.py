@@ -74,10 +74,10 @@ def test_the_staircase_is_drawn(tmp_path: Path) -> None:
     assert {k.size for k in choose(table(), ["@16x16"])} == {(16, 16)}
 
 
-def test_words_that_describe_nothing_and_files_that_cannot_be() -> None:
+def test_words_that_describe_nothing_and_files_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="k9x9"):
         choose(table(), ["k9x9"])
     with pytest.raises(TableError, match="PNG"):
         plot_staircase(table(), "/nonexistent/x.png")
     with pytest.raises(TableError, match="PNG"):
-        plot_staircase(table(), "/tmp/x.unheard-of")
+        plot_staircase(table(), tmp_path / "x.unheard-of")
