@@ -11,6 +11,7 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from diplugin.errors import UserError
+from diplugin.modes import modes_kept
 from diplugin.samples import on_cpu
 
 
@@ -56,11 +57,10 @@ def first_batch(model: nn.Module, evaluator: Evaluator) -> Any:
         raise Seen
 
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    modes = {module: module.training for module in model.modules()}
     evaluator.bind_model(model, {name: name for name, _ in model.named_parameters()})
     try:
         evaluator.patch_loss(look)
-        with torch.random.fork_rng():
+        with modes_kept(model), torch.random.fork_rng():
             evaluator.train(max_steps=1)
     except Exception:
         # Whatever else is wrong with the loop will show when it runs in earnest.
@@ -70,6 +70,4 @@ def first_batch(model: nn.Module, evaluator: Evaluator) -> Any:
         with torch.no_grad():
             for name, b in model.named_buffers():
                 b.copy_(buffers[name])
-        for module, training in modes.items():
-            module.training = training
     return batches[0] if batches else None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .errors import DataError, ModelError
 from .features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
+from .modes import evaluating
 
 
 def accuracy(
@@ -28,19 +29,13 @@ def accuracy(
         DataError: an empty loader, or labels that do not fit the outputs.
         ModelError: the model returns something else than one tensor of logits.
     """
-    modes = {module: module.training for module in model.modules()}
     right = total = 0.0
-    try:
-        model.eval()
-        with torch.no_grad():
-            for batch in loader:
-                batch = to_device(batch, device_of(model))
-                labels = get_labels(batch)  # first: a batch of another form is the data's fault, not the model's
-                hits = hits_of(forward(model, batch), labels)
-                right, total = right + float(hits.sum()), total + hits.numel()
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        for batch in loader:
+            batch = to_device(batch, device_of(model))
+            labels = get_labels(batch)  # first: a batch of another form is the data's fault, not the model's
+            hits = hits_of(forward(model, batch), labels)
+            right, total = right + float(hits.sum()), total + hits.numel()
     if not total:
         raise DataError("expected a loader that yields images to judge by, got an empty one")
     return right / total

@@ -27,6 +27,7 @@ from torch_pruning.dependency import graph as graph_module
 from torch_pruning.ops import OPTYPE
 
 from .errors import ModelError, PlanError
+from .modes import evaluating
 
 Side = Literal["in", "out"]
 
@@ -102,19 +103,15 @@ def traceable(model: nn.Module) -> Iterator[None]:
 
     torch-pruning follows `grad_fn`: a frozen backbone would silently give no groups.
     """
-    modes = {module: module.training for module in model.modules()}
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     try:
-        model.eval()
         for p in frozen:
             p.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad():
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for p in frozen:
             p.requires_grad_(False)
-        for module, training in modes.items():
-            module.training = training
 
 
 def dependency_graph(

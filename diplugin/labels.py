@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import DataError
 from .features import Forward, device_of, forward_inputs, labels_of, to_device
+from .modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,8 @@ class TeacherOutputs:
     limit: int = 4096
 
     def __call__(self, batch: Any) -> Tensor:
-        training = self.teacher.training
-        self.teacher.eval()
-        try:
-            with torch.no_grad():
-                output = self.forward(self.teacher, to_device(batch, device_of(self.teacher)))
-        finally:
-            self.teacher.train(training)
+        with evaluating(self.teacher), torch.no_grad():
+            output = self.forward(self.teacher, to_device(batch, device_of(self.teacher)))
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
         if not tensors:
             raise DataError(f"expected a teacher that returns tensors, got {type(output).__name__}")

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from .errors import DataError, DipluginError
 from .features import Observation, device_of, forward_inputs, to_device
 from .groups import first_line
+from .modes import evaluating
 
 
 def collect(loader: Any, images: int) -> list[Any]:
@@ -67,10 +68,8 @@ def call_inputs(model: nn.Module, batch: Any, observation: Observation) -> tuple
     observation.get_labels(batch)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             observation.forward(model, to_device(batch, device_of(model)))
     except DipluginError:
         raise
@@ -78,6 +77,4 @@ def call_inputs(model: nn.Module, batch: Any, observation: Observation) -> tuple
         raise DataError(f"expected batches that the model runs on, got {first_line(error)}; pass forward=") from error
     finally:
         handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return first_image(calls[0][0]) if calls and calls[0][0] and not calls[0][1] else None

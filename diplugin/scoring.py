@@ -28,6 +28,7 @@ from .features import (
 )
 from .fitted_scores import weighted_layers
 from .groups import ChannelGroup
+from .modes import evaluating
 from .reader_energy import measuring
 from .taps import AfterActivation, Tap, points_of, root_scores
 
@@ -108,14 +109,8 @@ def group_energies(
 
     Summed over a group's readers; no labels are needed.
     """
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad(), measuring(model, weighted_layers(model)) as meter:
-            forward(model, batch)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.no_grad(), measuring(model, weighted_layers(model)) as meter:
+        forward(model, batch)
     found = meter.energies()
     result = {}
     for group in groups:

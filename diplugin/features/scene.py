@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..discriminant import ChunkScores, Sketch, chunk_scores
 from ..errors import DataError, ModelError
+from ..modes import evaluating
 from ..taps import TapPoint
 from .profile import ScoreProfile
 
@@ -130,17 +131,14 @@ def observing(model: nn.Module, points: Sequence[TapPoint], profile: ScoreProfil
     if missing:
         raise ModelError(f"expected a model with a layer {missing[0]!r}, this one has none")
     scene, handles = Scene(profile), []
-    modes = {module: module.training for module in model.modules()}
     try:
         for point in points:
             handles.append(_attach(scene, point, modules[point.layer]))
-        model.eval()
-        yield scene
+        with evaluating(model):
+            yield scene
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
 
 
 def _attach(scene: Scene, point: TapPoint, module: nn.Module) -> Any:

@@ -238,10 +238,10 @@ def export_bytes(model: Any, example_inputs: tuple[Any, ...], names: list[str]) 
     """ONNX of a model in eval mode; the quick exporter where it can, else the thorough one."""
     import torch
 
-    modes = {module: module.training for module in model.modules()}
+    from ..modes import evaluating
+
     try:
-        model.eval()
-        with warnings.catch_warnings(), torch.no_grad():
+        with evaluating(model), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             buffer: Any = io.BytesIO()
             try:
@@ -254,9 +254,6 @@ def export_bytes(model: Any, example_inputs: tuple[Any, ...], names: list[str]) 
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise ModelError(f"expected a model that exports to ONNX, got {reason}") from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def hollow(proto: Any) -> None:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ModelError, UserError
 from ..export import export_onnx, run_onnx
+from ..modes import evaluating
 from .fake import layers_on_grid, weight_grid
 from .layouts import JoinedWeights, Layout, StoredLayer
 from .onnx_file import INT2_OPSET, INT4_OPSET, rewrite
@@ -108,12 +109,8 @@ def export_model(
 
 
 def _difference(model: nn.Module, content: bytes, inputs: tuple[Any, ...]) -> float:
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            expected = [x for x in pytree.tree_leaves(model.eval()(*inputs)) if isinstance(x, Tensor)]
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        expected = [x for x in pytree.tree_leaves(model(*inputs)) if isinstance(x, Tensor)]
     got = run_onnx(content, inputs)
     wanted = np.concatenate([x.double().cpu().numpy().ravel() for x in expected])
     found = np.concatenate([np.asarray(x, np.float64).ravel() for x in got])

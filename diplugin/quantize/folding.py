@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError
+from ..modes import evaluating
 
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -73,18 +74,14 @@ def foldable_pairs(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[tu
             handles.append(module.register_forward_hook(after_layer(name)))
         elif isinstance(module, _NORMS) and module.running_mean is not None and module.affine:
             handles.append(module.register_forward_pre_hook(before_norm(name)))
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad(), _CountReaders() as count:
+        with evaluating(model), torch.no_grad(), _CountReaders() as count:
             model(*example_inputs)
     except Exception as error:
         raise ModelError(f"expected a model that runs on the example inputs, got {error}") from error
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     pairs = [(produced[key], norm) for key, norm in read if key in produced and count.readers[key] == 1]
     return [(layer, norm) for layer, norm in pairs if calls[layer] == calls[norm] == 1]
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import DataError
 from ..features import Forward, chunks, device_of, forward_inputs, to_device
+from ..modes import evaluating
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -43,17 +44,15 @@ def recalibrate_batchnorm(
     norms = [m for m in model.modules() if isinstance(m, _BATCH_NORM) and m.track_running_stats]
     if not norms:
         return model
-    modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     before = {norm: {k: v.clone() for k, v in norm.state_dict().items()} for norm in norms}
     seen, done = 0, False
     try:
-        model.eval()
-        for norm in norms:
-            norm.train()
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over chunks
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
+            for norm in norms:
+                norm.train()
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average over chunks
             for batch in chunks(loader, chunk_size):
                 count = _images_in(batch)
                 if count < 2:
@@ -69,8 +68,6 @@ def recalibrate_batchnorm(
             # Also where a norm never ran: no statistics are better than none of its own.
             if not done or not int(norm.num_batches_tracked or 0):
                 norm.load_state_dict(before[norm])
-        for module, training in modes.items():
-            module.training = training
     if not done:
         raise DataError("expected batches of two images or more to recalibrate BatchNorm, got none")
     return model

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import DataError
 from ..features import Forward, chunks, device_of, forward_inputs, to_device
+from ..modes import evaluating
 from ..network import NetworkTrace
 from ..plan import PruningPlan
 
@@ -125,7 +126,6 @@ def _input_moments(
 ) -> dict[str, _Moments]:
     moments = {r.name: _Moments(len(r.kept) + len(r.gone)) for r in readers}
     handles = []
-    modes = {module: module.training for module in model.modules()}
 
     def watch(name: str, module: nn.Module) -> None:
         channel_dim = -1 if isinstance(module, nn.Linear) else 1
@@ -138,9 +138,8 @@ def _input_moments(
     try:
         for reader in readers:
             watch(reader.name, model.get_submodule(reader.name))
-        model.eval()
         seen = 0
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in chunks(loader) if readers else ():
                 forward(model, to_device(batch, device_of(model)))
                 seen += next(len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
@@ -149,8 +148,6 @@ def _input_moments(
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     if readers and not seen:
         raise DataError("expected a loader that yields batches to compensate with, got an empty one")
     if not all(torch.isfinite(m.gram).all() for m in moments.values()):

@@ -34,6 +34,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import DataError
 from ..features import Forward, device_of, forward_inputs, to_device
+from ..modes import evaluating
 from ..network import NetworkTrace
 from ..plan import PruningPlan
 from .layer_fit import LayerFit, Site
@@ -165,20 +166,17 @@ class _Watch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Eval mode, hooks and the watch on sums for the time of the block."""
-        modes = {module: module.training for module in self.model.modules()}
         with ExitStack() as stack:
             for name, site in self.sites.items():
                 self._hook(stack, self.modules[name], site, first=True)
                 if site.norm is not None:
                     self._hook(stack, self.modules[site.norm], site, first=False)
+            stack.enter_context(evaluating(self.model))
             stack.enter_context(_Sums(self))
             try:
-                self.model.eval()
                 yield
             finally:
                 self._recent.clear()
-                for module, training in modes.items():
-                    module.training = training
 
     def _hook(self, stack: ExitStack, module: nn.Module, site: Site, *, first: bool) -> None:
         def seen(_module: nn.Module, _args: Any, y: Tensor) -> None:

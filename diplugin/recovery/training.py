@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, UserError
 from ..features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
+from ..modes import modes_kept
 from .losses import label_loss, teacher_loss
 
 
@@ -100,9 +101,8 @@ def train(
                                 nesterov=True)  # fmt: skip
     total = settings.epochs * steps
     start = _load_state(checkpoint, model, optimizer)
-    modes = {module: module.training for module in model.modules()}
     guide = teacher if settings.teacher_weight else None
-    try:
+    with modes_kept(model):
         for epoch in range(start, settings.epochs):
             torch.manual_seed(seed * 100_003 + epoch)
             model.train()
@@ -117,9 +117,6 @@ def train(
             _save_state(checkpoint, model, optimizer, epoch + 1)
             if on_epoch:
                 on_epoch(EpochReport(epoch + 1, settings.epochs, loss))
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return model
 
 

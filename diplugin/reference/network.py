@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import DataError, ModelError
 from ..features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
 from ..groups import ChannelGroup
+from ..modes import evaluating
 from ..taps import AfterActivation, Tap
 from .study import LayerValidation, validate_layer
 
@@ -96,11 +97,9 @@ def collect(
     modules = dict(model.named_modules())
     parts: dict[tuple[str, str], list[Tensor]] = {point: [] for point in points}
     labels: list[Tensor] = []
-    modes = {module: module.training for module in model.modules()}
     handles = [_watch(modules[layer], side, parts[layer, side]) for layer, side in points]
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in loader:
                 labels.append(get_labels(batch).cpu())
                 forward(model, to_device(batch, device_of(model)))
@@ -109,8 +108,6 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     if not labels:
         raise DataError("expected a loader that yields batches, got an empty one")
     return {point: torch.cat(seen)[:images] for point, seen in parts.items() if seen}, torch.cat(labels)[:images]
