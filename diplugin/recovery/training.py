@@ -84,6 +84,7 @@ def train(
     forward: Forward = forward_inputs,
     checkpoint: Path | None = None,
     on_epoch: Callable[[EpochReport], None] | None = None,
+    extra: Callable[[], Tensor] | None = None,
 ) -> nn.Module:
     """Train the model in place and return it, in the mode it came in.
 
@@ -92,6 +93,7 @@ def train(
         teacher: the unpruned network, never changed; needed where `settings.teacher_weight` is not 0.
         seed: with the epoch, seeds torch's generator before every epoch.
         checkpoint: safetensors file written after every epoch, and taken up from where it exists.
+        extra: one more term of the loss, asked once both networks have run on a batch.
 
     Raises:
         DataError: no batches, or a loss that is not finite.
@@ -110,7 +112,7 @@ def train(
             for step, batch in enumerate(loader, epoch * steps):
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * _lr_factor(step, total, settings.warm_up)
-                losses.append(_step(model, batch, optimizer, settings, guide, get_labels, forward))
+                losses.append(_step(model, batch, optimizer, settings, guide, get_labels, forward, extra))
             loss = sum(losses) / max(1, len(losses))
             if not math.isfinite(loss):
                 raise DataError(f"training diverged in epoch {epoch + 1} (loss {loss}); lower the learning rate")
@@ -148,7 +150,7 @@ def _lr_factor(step: int, total: int, warm_up: float) -> float:
 
 def _step(
     model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer, settings: FineTuning,
-    teacher: nn.Module | None, get_labels: GetLabels, forward: Forward,
+    teacher: nn.Module | None, get_labels: GetLabels, forward: Forward, extra: Callable[[], Tensor] | None = None,
 ) -> float:  # fmt: skip
     batch = to_device(batch, device_of(model))
     labels = get_labels(batch)
@@ -161,6 +163,8 @@ def _step(
     if teacher is not None:
         loss = loss + settings.teacher_weight * teacher_loss(logits, _ask(teacher, batch, forward),
                                                              settings.temperature)  # fmt: skip
+    if extra is not None:
+        loss = loss + extra()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
