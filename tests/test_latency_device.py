@@ -329,6 +329,23 @@ def test_provenance_is_plain_printable_and_bounded() -> None:
     assert all(isinstance(v, bool | int | float) or (v.isprintable() and len(v) <= 500) for v in found.values())
 
 
+@pytest.mark.parametrize(
+    ("machine", "texts", "expected"),
+    [
+        ("aarch64", {"/proc/cpuinfo": "model name : Cortex-A76"}, False),
+        ("aarch64", {"/proc/cpuinfo": "vendor_id : GenuineIntel"}, True),
+        ("aarch64", {"/proc/cpuinfo": "model name : ARMv8", "/proc/self/comm": "qemu-aarch64"}, True),
+        ("x86_64", {"/proc/cpuinfo": "vendor_id : GenuineIntel"}, False),
+    ],
+)
+def test_an_emulator_gives_itself_away(
+    machine: str, texts: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "read_text", lambda path: texts.get(path, ""))
+    monkeypatch.setattr(device.platform, "machine", lambda: machine)
+    assert device.emulated() is expected
+
+
 def test_the_device_file_needs_nothing_of_ours_and_little_else() -> None:
     tree = ast.parse(Path(device.__file__).read_text(), feature_version=(3, 8))
     top = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

@@ -323,9 +323,18 @@ def emulated():
     """Whether an emulator stands in for the device: its times mean nothing."""
     if os.environ.get("DIPLUGIN_EMULATED"):
         return True
-    # Under qemu-user the kernel's own view of the processor stays that of the host.
+    # qemu-user's own name is what the kernel runs; older versions show the host's processor, newer ones make one up.
+    names = [read_text("/proc/self/comm"), os.path.basename(link("/proc/thread-self/exe"))]
     host = read_text("/proc/cpuinfo").lower()
-    return platform.machine() in ("aarch64", "armv7l") and ("genuineintel" in host or "authenticamd" in host)
+    foreign = platform.machine() in ("aarch64", "armv7l") and ("genuineintel" in host or "authenticamd" in host)
+    return foreign or any(name.startswith("qemu-") for name in names)
+
+
+def link(path):
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
 
 
 def provenance(setting):

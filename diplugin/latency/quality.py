@@ -28,10 +28,13 @@ class Finding:
 
 def findings(table: LatencyTable) -> list[Finding]:
     """Everything odd about one table, the worst first."""
-    found = [*_scatter(table), *_resolution(table), *_calibration(table)]
-    if table.emulated:
-        found.append(Finding("it was timed on an emulator: its times mean nothing and it guides no search"))
+    found = [*_emulation(table), *_scatter(table), *_resolution(table), *_calibration(table)]
     return sorted(found, key=lambda f: not f.fatal)
+
+
+def _emulation(table: LatencyTable) -> Iterable[Finding]:
+    if table.emulated:
+        yield Finding("it was timed on an emulator: its times mean nothing and it guides no search")
 
 
 def _scatter(table: LatencyTable) -> Iterable[Finding]:
