@@ -9,6 +9,7 @@
     │   ├── BudgetError           a budget that means nothing
     │   ├── NotFittedError        an importance used before, or apart from, its `fit`
     │   ├── DeviceError           a remote device that does not answer or lacks something
+    │   ├── ProcessError          another process of the same run stopped, and said why
     │   └── MissingExtraError     an optional package that is not installed
     └── InfeasibleBudget          a budget that no structure meets         exit code 3
 
@@ -57,6 +58,10 @@ class NotFittedError(UserError):
 
 class DeviceError(UserError):
     """A remote device does not answer, or lacks what the work needs."""
+
+
+class ProcessError(UserError):
+    """Another process of the same run stopped; the message is its own."""
 
 
 class MissingExtraError(UserError, ImportError):

@@ -20,8 +20,9 @@ from diplugin.features import (
     reliability,
     score_points,
 )
-from diplugin.features.sharing import Team, current_team, pack, unpack
+from diplugin.features.sharing import pack, unpack
 from diplugin.taps import TapPoint
+from diplugin.team import Team, current_team
 
 POINTS = (TapPoint("0", "out"), TapPoint("2", "in"), TapPoint("5", "in"))
 

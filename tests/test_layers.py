@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Every module directly under diplugin/ has its level here; imports go to the same level (without cycles) or below.
 LEVELS = [
     {"errors"},
-    {"discriminant", "plan", "modes", "samples", "tables", "groups", "network", "taps", "features", "costs"},
+    {"discriminant", "plan", "modes", "samples", "tables", "team", "groups", "network", "taps", "features", "costs"},
     {"accuracy", "boundary", "export", "fitted_scores", "holdout", "labels", "latency", "layer_scores", "mask_rules",
      "masks", "measurements", "quantize", "ranking", "reader_energy", "recovery", "reference", "run_folder", "scoring",
      "search", "surgery", "survivors"},

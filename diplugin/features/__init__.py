@@ -7,11 +7,11 @@ what it cost (`profile`) if one is wanted.
 
 from __future__ import annotations
 
+from ..team import Team, process_group
 from .batches import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, forward_inputs, labels_of, move_to, to_device
 from .observe import Observation, score_points
 from .profile import LayerProfile, ScoreProfile
 from .scene import Scene, observing
-from .sharing import Team, process_group
 from .stability import UntilStable, rank_correlation, reliability
 
 __all__ = [

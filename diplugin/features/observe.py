@@ -14,10 +14,11 @@ from ..discriminant import ChunkScores, ScoreAverage, Sketch, label_targets, war
 from ..errors import DataError, DipluginError, ModelError
 from ..groups import first_line
 from ..taps import TapPoint
+from ..team import Team, current_team
 from .batches import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, forward_inputs, labels_of, to_device
 from .profile import ScoreProfile
 from .scene import Scene, observing
-from .sharing import Chunk, Team, current_team
+from .sharing import Chunk, exchange
 from .stability import UntilStable, reliability
 
 DEFAULT_SKETCH = Sketch()
@@ -99,14 +100,14 @@ def _run(
             if team.mine(count - 1):
                 own.append(_score_chunk(model, batch, seen, scene))
             if until is not None and count % team.size == 0:
-                together, own = together + team.gather(own, points), []
+                together, own = together + exchange(team, own, points), []
                 if until.reached([chunk for chunk in together if chunk]):
                     return together
         if not count:
             raise DataError("expected a loader that yields batches, got an empty one")
     except Exception as error:
         failure = error
-    return together + team.gather(own, points, failure)
+    return together + exchange(team, own, points, failure)
 
 
 def _score_chunk(model: nn.Module, batch: Any, seen: Observation, scene: Scene) -> Chunk:

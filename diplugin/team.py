@@ -1,0 +1,246 @@
+"""The processes of one run: `torchrun` or `accelerate launch` starts them, this lets them work and end as one.
+
+Every process holds the same network and iterates the same data. Two kinds of work are shared out. *Alone and then
+together*: each process runs its own chunks, and their results are exchanged once at the end; one that fails on the way
+comes to the exchange all the same and says why (`together`). *Step by step*: the processes exchange something inside
+every forward and backward pass, where one that fails cannot keep the appointment; it leaves its message and closes
+the connection, and those who wait for it find the one when they lose the other (`guarding`).
+
+Either way all of them raise the same message. `one_voice` is for commands: the first process to fail prints it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
+
+from .errors import DataError, DeviceError, DipluginError, ProcessError
+from .groups import first_line
+
+_MESSAGE_BYTES = 512
+#: Every `guarding` has a name for its message; all processes come through them in the same order.
+_GUARDS = itertools.count()
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that work together: this one's `rank`, and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+    def mine(self, turn: int) -> bool:
+        """Whether this process does the piece of work of this number."""
+        return turn % self.size == self.rank
+
+    def rows(self, length: int) -> slice:
+        """This process' part of so many rows, as even as they can be dealt.
+
+        >>> Team(0, 2).rows(5), Team(1, 2).rows(5)
+        (slice(0, 2, None), slice(2, 5, None))
+        """
+        return slice(self.rank * length // self.size, (self.rank + 1) * length // self.size)
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Every tensor becomes the sum of everybody's, in place; the same bits in all processes."""
+        if self.size == 1:
+            return
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            same = [t for t in tensors if t.dtype == dtype]
+            flat = _where_it_travels(torch.cat([t.detach().reshape(-1) for t in same]))
+            with _connected():
+                dist.all_reduce(flat)
+            _deal_out(flat, same)
+
+    def follow_first(self, tensors: Sequence[Tensor]) -> None:
+        """Every tensor becomes that of the first process, in place."""
+        if self.size == 1:
+            return
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            same = [t for t in tensors if t.dtype == dtype]
+            flat = _where_it_travels(torch.cat([t.detach().reshape(-1) for t in same]))
+            with _connected():
+                dist.broadcast(flat, 0)
+            _deal_out(flat, same)
+
+    def told_by_first(self, text: str) -> str:
+        """The text that the first process has, in all of them."""
+        if self.size == 1:
+            return text
+        encoded = text.encode()
+        length = torch.tensor([len(encoded)])
+        self.follow_first([length])
+        data = torch.zeros(int(length), dtype=torch.uint8)
+        if self.rank == 0:
+            data.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
+        self.follow_first([data])
+        return bytes(data.tolist()).decode()
+
+    def everybodys(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of every process, all of one shape, where this one's lives."""
+        sent = _where_it_travels(tensor.contiguous())
+        parts = [torch.empty_like(sent) for _ in range(self.size)]
+        with _connected():
+            dist.all_gather(parts, sent)
+        return [part.to(tensor.device) for part in parts]
+
+    def agree(self, failure: Exception | None = None) -> None:
+        """Called by all processes at the end of what each did alone.
+
+        Raises:
+            DipluginError: the failure of this process, or the message of one that failed.
+        """
+        told = _messages(self, failure) if self.size > 1 else []
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(told):
+            if message:
+                raise ProcessError(f"process {rank} of {self.size} stopped: {message}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that each process does alone: at the end of the block all go on, or all stop with one message."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        self.agree(failure)
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """Work in which the processes wait for each other: what stops one stops all, with its message."""
+        if self.size == 1:
+            yield
+            return
+        name = f"diplugin/stopped/{next(_GUARDS)}"
+        try:
+            yield
+        except ProcessError:
+            raise  # that message is known
+        except BaseException as error:
+            said = _leave_message(name, f"{self.rank} {_reason(error)}")
+            rank, _, message = said.partition(" ")
+            if int(rank) == self.rank or not isinstance(error, Exception):
+                raise
+            raise ProcessError(f"process {rank} of {self.size} stopped: {message}") from error
+
+
+@contextmanager
+def process_group() -> Iterator[Team]:
+    """Join the processes that `torchrun` or `accelerate launch` started, for the time of the block; nothing without.
+
+    NCCL connects them where every process has a GPU of its own, gloo elsewhere.
+
+    Raises:
+        DeviceError: the others cannot be reached.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size < 2 or dist.is_initialized():
+        yield current_team(())
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        if gpus:
+            torch.cuda.set_device(local % gpus)
+        dist.init_process_group("nccl" if gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise DeviceError(f"expected {size} processes that reach each other, got {first_line(error)}") from error
+    try:
+        yield Team(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def one_voice() -> Iterator[Team]:
+    """`process_group` for a command: of the processes that stop, the first says why and the others end in silence.
+
+    Raises:
+        SystemExit: in the silent ones, with the exit code of what stopped them.
+    """
+    with process_group() as team:
+        try:
+            with team.guarding():
+                yield team
+        except (DipluginError, KeyboardInterrupt) as error:
+            if not _speaks(team):
+                raise SystemExit(error.exit_code if isinstance(error, DipluginError) else 130) from None
+            raise
+
+
+def current_team(loader: Iterable[Any] = ()) -> Team:
+    """The processes of this run; one, unless `torch.distributed` was initialised.
+
+    Raises:
+        DataError: a loader that already shows every process its own share of the data.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return Team()
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        raise DataError("expected the same loader in every process, got one with a DistributedSampler: chunks are "
+                        "shared out by diplugin itself")  # fmt: skip
+    return Team(dist.get_rank(), dist.get_world_size())
+
+
+def _messages(team: Team, failure: Exception | None) -> list[str]:
+    """What stopped each process, empty where nothing did."""
+    text = "" if failure is None else _reason(failure)
+    encoded = text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    messages = team.everybodys(torch.frombuffer(bytearray(encoded), dtype=torch.uint8).clone())
+    return [bytes(message.tolist()).rstrip(b"\0").decode(errors="ignore") for message in messages]
+
+
+def _reason(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
+
+
+def _leave_message(name: str, message: str) -> str:
+    """The message under this name: the first that any process left."""
+    try:
+        return dist.distributed_c10d._get_default_store().compare_set(name, "", message).decode()
+    except (RuntimeError, ValueError):  # the process that kept the messages is gone
+        return message
+
+
+def _speaks(team: Team) -> bool:
+    """Whether this process is the first that asks."""
+    if team.size == 1:
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("diplugin/spoke", 1) == 1
+    except (RuntimeError, ValueError):
+        return True
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # the connection is gone: a process was killed
+        raise DeviceError(
+            f"another process of this run ended ({first_line(error)}): start all of them again"
+        ) from error
+
+
+def _where_it_travels(tensor: Tensor) -> Tensor:
+    """NCCL carries what lies on this process' GPU, gloo what lies anywhere."""
+    if dist.get_backend() == "nccl" and not tensor.is_cuda:
+        return tensor.to(torch.device("cuda", torch.cuda.current_device()))
+    return tensor
+
+
+def _deal_out(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
