@@ -13,82 +13,17 @@ they still hold.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Protocol
 
-from torch import Tensor
-
-from .costs import Budget, CostModel
-from .errors import BudgetError, InfeasibleBudget, ModelError
-from .groups import ChannelGroup
-from .network import NetworkTrace
-from .plan import PathPoint, PlannedCost, PruningPlan
+from ..costs import Budget, CostModel
+from ..errors import InfeasibleBudget
+from ..network import NetworkTrace
+from ..plan import PathPoint, PlannedCost, PruningPlan
+from .curves import Scorer
+from .problem import SearchLimits, allowed_widths, check_prunable, exceeds, limits_of
 
 _LOOK_AHEAD = 12
-_LEVELS = 128
-
-
-@dataclass(frozen=True)
-class LossCurve:
-    """In which order a group's remaining units leave, and the total loss once the first k of them are gone.
-
-    Attributes:
-        order: units, first to leave first.
-        losses: len(order) + 1 non-decreasing numbers from 0, in the unit that all curves of a search share.
-    """
-
-    order: tuple[int, ...]
-    losses: tuple[float, ...]
-
-
-def first_order_curve(group: ChannelGroup, scores: Tensor, units: Sequence[int] | None = None) -> LossCurve:
-    """Units by ascending score; losses add up (a unit's score is the sum over its channels).
-
-    Args:
-        scores: [group.channels], the loss of removing each channel alone.
-        units: the ones still there; None for all.
-    """
-    per_unit = scores.view(group.blocks, group.units).sum(0).tolist()
-    order = sorted(range(group.units) if units is None else units, key=lambda u: (per_unit[u], u))
-    return LossCurve(tuple(order), (0.0, *accumulate(max(0.0, per_unit[u]) for u in order)))
-
-
-class Scorer(Protocol):
-    """Brings loss curves for the network that keeps the given units of every group."""
-
-    def curves(self, kept: Mapping[str, Sequence[int]]) -> Mapping[str, LossCurve]: ...
-
-
-@dataclass(frozen=True)
-class FixedScores:
-    """A `Scorer` whose scores never change: one pass over the unpruned network."""
-
-    groups: Sequence[ChannelGroup]
-    scores: Mapping[str, Tensor]
-
-    def curves(self, kept: Mapping[str, Sequence[int]]) -> Mapping[str, LossCurve]:
-        return {g.name: first_order_curve(g, self.scores[g.name], kept[g.name]) for g in self.groups}
-
-
-@dataclass(frozen=True)
-class SearchLimits:
-    """What the search may do.
-
-    Attributes:
-        floor: fraction of every group's channels that stay, whatever the budget (at least one unit).
-        align: widths are multiples of this wherever a cost model does not say better.
-        rescore_every: ask the scorer again when this fraction of the first violated cost has gone; 0: never.
-    """
-
-    floor: float = 0.1
-    align: int = 1
-    rescore_every: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.floor <= 1 or self.align < 1 or not 0 <= self.rescore_every <= 1:
-            raise BudgetError(f"expected floor and rescore_every in [0, 1] and align of 1 or more, got {self}")
 
 
 def greedy_search(
@@ -97,6 +32,8 @@ def greedy_search(
     costs: Sequence[CostModel],
     budgets: Sequence[Budget],
     limits: SearchLimits | None = None,
+    *,
+    start: PruningPlan | None = None,
 ) -> PruningPlan:
     """The plan whose predicted costs all lie at or under their budgets, with little label information lost.
 
@@ -105,17 +42,16 @@ def greedy_search(
         scorer: loss curves, `FixedScores` for one-shot DI.
         costs: cost models, one at least for every budget; all of them are recorded in the plan.
         budgets: limits, each on one of the costs.
+        start: what an earlier plan for this network has left; nothing that it removed comes back.
 
     Raises:
         BudgetError: no budget, or one on a cost that no model knows.
         InfeasibleBudget: even the narrowest structure is over a budget; the message names its cost.
         ModelError: no group can be pruned.
     """
-    if not trace.prunable:
-        notes = "; ".join(f"{g.name}: {g.note}" for g in trace.groups[:3]) or "it has no convolution or linear layer"
-        raise ModelError(f"expected a model with channels that can be removed, found none ({notes})")
-    state = _State(trace, scorer, costs, _limits_of(costs, budgets), limits or SearchLimits())
-    path = [state.point()]
+    check_prunable(trace)
+    state = State(trace, scorer, costs, limits_of(costs, budgets), limits or SearchLimits(), start)
+    path = [*(() if start is None else start.path), state.point()]
     while state.violated():
         move = state.best_move()
         if move is None:
@@ -127,18 +63,23 @@ def greedy_search(
     return state.plan(path)
 
 
-def _limits_of(costs: Sequence[CostModel], budgets: Sequence[Budget]) -> list[tuple[CostModel, float]]:
-    models = {model.name: model for model in costs}
-    if not budgets:
-        raise BudgetError("expected a budget such as macs=0.5, got none")
-    unknown = [b.cost for b in budgets if b.cost not in models]
-    if unknown:
-        hint = "; give a latency table" if unknown[0] == "latency_ms" else ""
-        raise BudgetError(f"expected a budget on one of {', '.join(models)}, got one on {unknown[0]}{hint}")
-    return [(models[b.cost], b.absolute(models[b.cost])) for b in budgets]
+@dataclass(frozen=True)
+class GreedySearch:
+    """`greedy_search` as an object, to be handed to whatever takes a search."""
+
+    def __call__(
+        self,
+        trace: NetworkTrace,
+        scorer: Scorer,
+        costs: Sequence[CostModel],
+        budgets: Sequence[Budget],
+        limits: SearchLimits | None = None,
+    ) -> PruningPlan:
+        """See `greedy_search`."""
+        return greedy_search(trace, scorer, costs, budgets, limits)
 
 
-def _infeasible(state: _State, budgets: Sequence[Budget]) -> InfeasibleBudget:
+def _infeasible(state: State, budgets: Sequence[Budget]) -> InfeasibleBudget:
     reached = ", ".join(f"{m.name} {state.now[m.name]:.6g} (asked {limit:.6g})" for m, limit in state.limits)
     tightest = min(state.widths, key=lambda n: state.widths[n])
     return InfeasibleBudget(
@@ -148,18 +89,13 @@ def _infeasible(state: _State, budgets: Sequence[Budget]) -> InfeasibleBudget:
     )
 
 
-def _exceeds(model: CostModel, limit: float, estimate: float, widths: Mapping[str, int]) -> bool:
-    """Whether a cost is over its limit; sums of changes carry rounding, so near the limit it is computed afresh."""
-    return (estimate if abs(estimate - limit) > 1e-9 * limit else model.cost(widths)) > limit
-
-
 def _guide(model: CostModel) -> CostModel:
     """The cost that moves are judged by: a model's smooth stand-in if it offers one."""
     return getattr(model, "guide", model)
 
 
 @dataclass
-class _State:
+class State:
     """The structure on its way down."""
 
     trace: NetworkTrace
@@ -167,40 +103,26 @@ class _State:
     costs: Sequence[CostModel]
     limits: list[tuple[CostModel, float]]
     options: SearchLimits
+    start: PruningPlan | None = None
     widths: dict[str, int] = field(init=False)
     now: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.groups = {g.name: g for g in self.trace.prunable}
-        self.widths = self.trace.base_widths
-        self.now = {model.name: model.base for model in self.costs}
-        self.kept: dict[str, list[int]] = {n: list(range(g.units)) for n, g in self.groups.items()}
-        self.allowed = {n: self._allowed_widths(g) for n, g in self.groups.items()}
+        left = {n: tuple(range(g.channels)) for n, g in self.groups.items()} if self.start is None else self.start.kept
+        self.widths = {n: len(left[n]) for n in self.groups}
+        self.now = {m.name: m.base if self.start is None else m.cost(self.widths) for m in self.costs}
+        self.kept: dict[str, list[int]] = {n: [c for c in left[n] if c < g.units] for n, g in self.groups.items()}
+        self.allowed = {n: allowed_widths(g, self.costs, self.options) for n, g in self.groups.items()}
         self.curves = dict(self.scorer.curves(self.kept))
         self.gone = dict.fromkeys(self.groups, 0)
-        self.loss = 0.0
+        self.loss = self.start.path[-1].loss if self.start is not None and self.start.path else 0.0
         self._moves: dict[str, tuple[float, int] | None] = {}
         self._violated: frozenset[str] = frozenset()
         self._scored_at = self._pressure()
 
-    def _allowed_widths(self, group: ChannelGroup) -> list[int]:
-        """Ascending widths the search may use: above the floor, on the costs' own grids, the unpruned one included."""
-        floor = max(group.blocks, int(self.options.floor * group.channels + 0.999999))
-        step = group.blocks
-        while step % self.options.align and step < group.channels:
-            step += group.blocks
-        coarse = max(1, group.channels // step // _LEVELS) * step
-        widths = {w for w in range(group.channels, 0, -coarse) if w >= floor} | {group.channels}
-        if self.options.align > 1:
-            widths = {w for w in range(step, group.channels, step) if w >= floor} | {group.channels}
-        for model in self.costs:
-            grid = getattr(model, "allowed_widths", lambda _: None)(group.name)
-            if grid is not None:
-                widths = {w for w in grid if w >= floor and w % group.blocks == 0} | {group.channels}
-        return sorted(widths)
-
     def violated(self) -> list[tuple[CostModel, float]]:
-        return [(m, limit) for m, limit in self.limits if _exceeds(m, limit, self.now[m.name], self.widths)]
+        return [(m, limit) for m, limit in self.limits if exceeds(m, limit, self.now[m.name], self.widths)]
 
     def _pressure(self) -> float:
         return max((self.now[m.name] / m.base for m, _ in self.limits if m.base), default=0.0)
@@ -298,7 +220,7 @@ class _State:
             width = gains[name][1]
             after = {m.name: self.now[m.name] + m.change(self.widths, name, width) for m, _ in self.limits}
             wider = {**self.widths, name: width}
-            if width == self.widths[name] or any(_exceeds(m, x, after[m.name], wider) for m, x in self.limits):
+            if width == self.widths[name] or any(exceeds(m, x, after[m.name], wider) for m, x in self.limits):
                 blocked.add(name)
                 continue
             self.loss += self._loss_of(name, width)
