@@ -1,11 +1,12 @@
 """Where a user's own code is called: whatever it raises becomes one clear line.
 
-Models, forwards and label readers are other people's; an exception from them is not a defect of diplugin's. Errors of
-our own (raised by a hook inside the model, say) pass through unchanged.
+Models, forwards, label readers and data sets are other people's; an exception from them is not a defect of diplugin's.
+Errors of our own (raised by a hook inside the model, say) pass through unchanged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -49,3 +50,47 @@ def guarded_labels(get_labels: GetLabels) -> GetLabels:
             ) from error
 
     return guarded
+
+
+class GuardedLoader:
+    """The same batches, if need be varied on the way out; what reading or varying them raises becomes a DataError.
+
+    Args:
+        loader: batches; its length, where it has one, is this one's.
+        augment: varies the images [N, ...] of a batch (images, ...).
+    """
+
+    def __init__(self, loader: Iterable[Any], augment: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._loader, self._augment = loader, augment
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = None
+        while True:
+            # Only what happens in here is the data's fault: whoever reads the batch answers for itself.
+            try:
+                batches = iter(self._loader) if batches is None else batches
+                batch = self._varied(next(batches))
+            except StopIteration:
+                return
+            except (DipluginError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise DataError(
+                    f"expected data that can be read, got {type(error).__name__}: {_cause(error)}; mend the data set"
+                ) from error
+            yield batch
+
+    def _varied(self, batch: Any) -> Any:
+        if self._augment is None:
+            return batch
+        images, *rest = batch
+        return [self._augment(images), *rest]
+
+
+def _cause(error: Exception) -> str:
+    """The message; of an exception that a DataLoader's worker process sent home, the last line of its traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if "Original Traceback" in str(error) else first_line(error)

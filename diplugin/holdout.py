@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from .boundary import GuardedLoader
 from .errors import DataError
 
 _LARGEST = 5000
@@ -41,11 +42,11 @@ def split_holdout(loader: Iterable[Any], fraction: float = 0.1, seed: int = 0) -
     anything else is read once into memory and split image by image too.
 
     Raises:
-        DataError: fewer than four images, or batches that are not tensors of one length.
+        DataError: fewer than four images, batches that are not tensors of one length, or a data set that raises.
     """
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_size:
         return _split_dataset(loader, fraction, seed)
-    batches = list(loader)
+    batches = list(GuardedLoader(loader))
     if not batches:
         raise DataError("expected a loader that yields batches, got an empty one")
     try:
@@ -66,11 +67,11 @@ def _split_dataset(loader: DataLoader[Any], fraction: float, seed: int) -> Split
     dataset: Any = loader.dataset
     first, second = _parts(len(dataset), fraction, seed)
 
-    def view(ids: Tensor, shuffle: bool = False) -> DataLoader[Any]:
-        return DataLoader(
+    def view(ids: Tensor, shuffle: bool = False) -> Iterable[Any]:
+        return GuardedLoader(DataLoader(
             Subset(dataset, ids.tolist()), batch_size=loader.batch_size, shuffle=shuffle,
             collate_fn=loader.collate_fn, num_workers=loader.num_workers, pin_memory=loader.pin_memory,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     return Split(view(first), view(first, shuffle=True), view(second), (len(first), len(second)))
 

@@ -53,6 +53,7 @@ class PruningPlan:
         costs: cost name -> unpruned and predicted value.
         inputs: what the network was traced with.
         path: how the search came here, coarse to fine; may be empty.
+        found_by: which search found it and how good it is known to be, in words; may be empty.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -60,6 +61,7 @@ class PruningPlan:
     costs: Mapping[str, PlannedCost] = field(default_factory=dict)
     inputs: tuple[TensorSpec, ...] = ()
     path: tuple[PathPoint, ...] = field(default=(), repr=False)
+    found_by: str = ""
 
     def __post_init__(self) -> None:
         if set(self.kept) != set(self.channels):
@@ -96,6 +98,20 @@ class PruningPlan:
                  for n, c in later.costs.items()}  # fmt: skip
         return PruningPlan(kept, self.channels, costs, self.inputs, (*self.path, *later.path))
 
+    def since(self, earlier: PruningPlan) -> PruningPlan:
+        """What is left to do of this plan for a network that an earlier one has pruned: `earlier.then` undone.
+
+        Raises:
+            PlanError: the earlier plan is for another network, or has removed what this one keeps.
+        """
+        if self.channels != earlier.channels or any(set(k) - set(earlier.kept[n]) for n, k in self.kept.items()):
+            raise PlanError("expected an earlier plan for the same network that keeps all that this plan keeps")
+        kept = {}
+        for name, channels in earlier.kept.items():
+            place = {channel: i for i, channel in enumerate(channels)}
+            kept[name] = tuple(place[channel] for channel in self.kept[name])
+        return PruningPlan(kept, earlier.widths, {}, self.inputs)
+
     def merge(self, other: PruningPlan) -> PruningPlan:
         """Both cuts at once: a channel stays if both plans keep it. Costs are left out, being unknown.
 
@@ -125,6 +141,7 @@ class PruningPlan:
                 "costs": {name: asdict(cost) for name, cost in self.costs.items()},
                 "groups": {n: {"channels": self.channels[n], "kept": list(k)} for n, k in self.kept.items()},
                 "path": [{"loss": p.loss, "costs": dict(p.costs)} for p in self.path],
+                **({"found_by": self.found_by} if self.found_by else {}),
             },
             indent=1,
             allow_nan=False,
@@ -161,6 +178,7 @@ class PruningPlan:
             inputs=tuple(_tensor_spec(spec) for spec in data["inputs"]),
             path=tuple(PathPoint(_finite(p["loss"]), {k: _finite(v) for k, v in p["costs"].items()})
                        for p in data["path"]),
+            found_by=_text(data.get("found_by", "")),
         )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
@@ -184,6 +202,12 @@ class PruningPlan:
 def _integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"expected an integer, got {value!r}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 500:
+        raise TypeError(f"expected a short text, got {value!r:.80}")
     return value
 
 

@@ -19,11 +19,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
+from .groups import first_line
 
 CONFIG, SCORES, METRICS, REPORT, LOG = "config.json", "scores.json", "metrics.json", "report.html", "log.txt"
 ONNX = "model.onnx"
@@ -74,15 +77,33 @@ class RunFolder:
 
     def write_json(self, name: str, data: Any) -> None:
         """Write atomically; numbers must be finite."""
+        self.write_text(name, json.dumps(data, indent=1, allow_nan=False))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write atomically."""
         target = self.path / name
         partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, target)
 
     def log(self, line: str) -> None:
         """Add a line with the time to log.txt."""
         with (self.path / LOG).open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    @contextmanager
+    def recording_warnings(self) -> Iterator[None]:
+        """Warnings of the block go to the log as well as to the caller."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            try:
+                yield
+            finally:
+                for warning in caught:
+                    if self.path.exists() and isinstance(warning.message, Warning):
+                        self.log(f"warning: {first_line(warning.message)}")
+        for warning in caught:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
     def finish(self) -> None:
         """Remove the checkpoints of a run that is whole."""

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
-from diplugin.boundary import guarded_forward, guarded_labels
+from diplugin.boundary import GuardedLoader, guarded_forward, guarded_labels
 from diplugin.errors import DataError, ModelError
 
 
@@ -40,3 +41,48 @@ def test_our_own_errors_and_interrupts_pass(error: BaseException) -> None:
         guarded_forward(raising(error))(nn.Identity(), None)
     with pytest.raises(type(error)):
         guarded_labels(raising(error))(None)
+
+
+class Unreadable(Dataset[Any]):
+    """Eight images, the sixth of which raises."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index == 5:
+            raise self._error
+        return torch.zeros(1), index % 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_that_raises_is_one_line(workers: int) -> None:
+    loader = DataLoader(Unreadable(OSError("truncated file\nline two")), batch_size=2, num_workers=workers)
+    batches = iter(GuardedLoader(loader))
+    assert len(GuardedLoader(loader)) == 4 and len(next(batches)) == 2
+    with pytest.raises(DataError, match="data that can be read, got OSError") as caught:
+        list(batches)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="ours"):
+        list(GuardedLoader(DataLoader(Unreadable(DataError("ours")))))
+
+
+def test_only_the_data_answers_for_its_errors() -> None:
+    with pytest.raises(KeyError, match="mine"):
+        for _ in GuardedLoader([1, 2]):
+            raise KeyError("mine")
+    with pytest.raises(DataError, match="TypeError"):
+        list(GuardedLoader(3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        len(GuardedLoader(iter([1])))
+
+
+def test_images_are_varied_on_the_way_out() -> None:
+    x, y = torch.ones(2, 3), torch.zeros(2)
+    ((images, labels),) = GuardedLoader([(x, y)], lambda images: 2 * images)
+    assert torch.equal(images, 2 * x) and labels is y
+    with pytest.raises(DataError, match="ZeroDivisionError"):
+        list(GuardedLoader([(x, y)], lambda images: images / (1 // 0)))

@@ -20,7 +20,7 @@ LEVELS = [
      "masks", "measurements", "quantize", "ranking", "reader_energy", "recovery", "reference", "run_folder", "scoring",
      "search", "surgery", "survivors"},
     {"compare", "contenders", "report", "sources", "strategies"},
-    {"pipeline"},
+    {"configuration", "pipeline"},
     {"cli", "demo"},
 ]  # fmt: skip
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -207,3 +207,19 @@ def test_data_that_cannot_be_used(trained: nn.Module, change: Any, message: str,
 def test_batches_of_another_form(trained: nn.Module, data: Any) -> None:
     with pytest.raises(DataError, match="expected"):
         compress(trained, data)
+
+
+class Broken(TensorDataset):
+    """Its tenth image cannot be read."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == 10:
+            raise OSError("truncated file")
+        return super().__getitem__(index)
+
+
+def test_a_data_set_that_raises(trained: nn.Module, tmp_path: Path) -> None:
+    loader = DataLoader(Broken(*bars(40, 1).tensors), batch_size=20)
+    with pytest.raises(DataError, match="OSError: truncated file"):
+        compress(trained, loader, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -11,7 +11,8 @@ channel of a layer. Everything here is divided by ‖Y‖²: DI lies in [0, 1), 
 unit, the fraction of label variance.
 
 `exact` and `removal` hold the functions for features at hand, in float64; `streaming` the form that runs inside a
-forward hook without a copy of the maps; `targets` turns labels into Y.
+forward hook without a copy of the maps; `directions` the few in which classes
+differ; `targets` turns labels into Y.
 
 DI is due to Hou & Kung, "A Feature-map Discriminant Perspective for Pruning Deep Neural Networks" (arXiv 2005.13796);
 the algebra of scores and losses is our reading of it.
@@ -19,6 +20,7 @@ the algebra of scores and losses is our reading of it.
 
 from __future__ import annotations
 
+from diplugin.discriminant.directions import discriminant_directions
 from diplugin.discriminant.exact import (
     absolute_ridge,
     channel_scores,
@@ -40,6 +42,7 @@ __all__ = [
     "backward_elimination",
     "channel_scores",
     "chunk_scores",
+    "discriminant_directions",
     "discriminant_information",
     "feature_gradient",
     "label_targets",

@@ -2,7 +2,8 @@
 
 from .batchnorm import recalibrate_batchnorm
 from .compensation import compensate
-from .losses import label_loss, teacher_loss
+from .feature_match import FeatureDistillation, matching
+from .losses import feature_loss, label_loss, teacher_loss
 from .reconstruction import Reconstruction, reconstruct
 from .repair import REPAIRS, Compensate, Cut, Recalibrate, Reconstruct, Repair, best_repair
 from .training import Distillation, EpochReport, FineTuning, train
@@ -13,6 +14,7 @@ __all__ = [
     "Cut",
     "Distillation",
     "EpochReport",
+    "FeatureDistillation",
     "FineTuning",
     "Recalibrate",
     "Reconstruct",
@@ -20,7 +22,9 @@ __all__ = [
     "Repair",
     "best_repair",
     "compensate",
+    "feature_loss",
     "label_loss",
+    "matching",
     "recalibrate_batchnorm",
     "reconstruct",
     "teacher_loss",

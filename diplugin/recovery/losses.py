@@ -23,3 +23,12 @@ def teacher_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 4.
     student = F.log_softmax(logits / temperature, dim=-1)
     target = F.log_softmax(teacher_logits / temperature, dim=-1)
     return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def feature_loss(features: Tensor, teacher_features: Tensor, directions: Tensor) -> Tensor:
+    """Mean squared difference of two networks' features [N, C] along the given directions [C, k]; the rest is free.
+
+    Along `discriminant_directions` of the teacher's features its unit is the teacher's variance: a student that says
+    the same of every image is at about 1.
+    """
+    return ((features - teacher_features) @ directions).square().mean()

@@ -22,6 +22,7 @@ from ..recovery import REPAIRS, Cut, Repair, best_repair
 from ..scoring import GroupScores, group_energies, score_groups
 from ..search import FixedScores, SearchLimits, greedy_search
 from ..taps import AfterActivation, Tap
+from .job import Job, Shrunk, shares
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,15 @@ class OneShot:
         return greedy_search(
             trace, FixedScores(trace.prunable, self.losses(trace, scores)), costs, budgets, self.limits
         )
+
+    def shrink(self, job: Job, scores: GroupScores) -> Shrunk:
+        """The whole strategy: one plan for all budgets, and the network cut by it."""
+        plan = job.plan(lambda budgets: self.search(job.trace, scores, job.costs, budgets))
+        job.tell(f"planned: {shares(plan)} of the unpruned network")
+        with job.stage("cut"):
+            model, verdicts = self.carve(job.model, job.split.scoring, job.trace, plan, job.judge)
+        job.tell("repaired, holdout accuracy: " + ", ".join(f"{n} {v:.2%}" for n, v in verdicts.items()))
+        return Shrunk(model, plan)
 
     def carve(
         self, model: nn.Module, loader: Iterable[Any], trace: NetworkTrace, plan: PruningPlan,
