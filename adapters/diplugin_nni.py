@@ -35,7 +35,7 @@ from diplugin.taps import Tap
 
 try:
     from diplugin_nni_config import checked_config, config_list_for, follower_config, nni_errors
-    from diplugin_nni_evaluator import check_sources, first_batch, torch_evaluator
+    from diplugin_nni_evaluator import check_sources, counted_steps, first_batch, torch_evaluator
     from diplugin_nni_targets import (
         TRANSPOSED,
         Targets,
@@ -72,7 +72,8 @@ class DIPruner(Pruner):
         config_list: NNI's; `sparse_ratio` or `sparse_threshold`, `global_group_id`, `dependency_group_id`,
             `internal_metric_block`, `align`, `min_sparse_ratio`, `max_sparse_ratio`, every granularity. Blocks finer
             than a channel share its score by their weights' energy.
-        evaluator: one of NNI's; needed for training-time pruning, not if `calibration_data` is given.
+        evaluator: one of NNI's; needed for training-time pruning, not if `calibration_data` is given. NNI's own for
+            Transformers runs on releases up to 4.30.
         training_steps: optimizer steps whose batches are sampled before masks are made.
         calibration_data: a loader of (inputs, labels), scored in eval mode; no optimizer is needed.
         existed_wrappers: for `from_compressor`.
@@ -179,7 +180,8 @@ class DIPruner(Pruner):
     def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         modes = {module: module.training for module in self.bound_model.modules()}
         try:
-            super()._fusion_compress(max_steps, max_epochs)
+            with counted_steps(self.evaluator):
+                super()._fusion_compress(max_steps, max_epochs)
         except BaseException:
             # NNI leaves the evaluator patched and the model bound when training raises.
             if self.evaluator is not None and getattr(self.evaluator, "model", None) is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +30,24 @@ def torch_evaluator(training_func: Any, optimizers: Any, training_step: Any, **k
                 kind = type(one).__name__
                 raise UserError(f"expected {name} made as nni.trace({kind})(...), got a plain {kind}: NNI rebuilds it")
     return TorchEvaluator(training_func, optimizers, training_step, **kwargs)
+
+
+@contextmanager
+def counted_steps(evaluator: Any) -> Iterator[None]:
+    """NNI tells a Lightning trainer how many steps to take through `fit_loop.max_steps`, read-only since Lightning 2.
+
+    For the time of the block the loop's class takes the number and passes it on to where Lightning counts now.
+    """
+    loop = type(getattr(getattr(evaluator, "trainer", None), "fit_loop", None))
+    steps = getattr(loop, "max_steps", None)
+    if not isinstance(steps, property) or steps.fset is not None:
+        yield
+        return
+    loop.max_steps = steps.setter(lambda loop, count: setattr(loop.epoch_loop, "max_steps", count))
+    try:
+        yield
+    finally:
+        loop.max_steps = steps
 
 
 def check_sources(evaluator: Any, training_steps: Any, calibration_data: Any) -> None:
@@ -60,7 +80,7 @@ def first_batch(model: nn.Module, evaluator: Evaluator) -> Any:
     evaluator.bind_model(model, {name: name for name, _ in model.named_parameters()})
     try:
         evaluator.patch_loss(look)
-        with modes_kept(model), torch.random.fork_rng():
+        with modes_kept(model), torch.random.fork_rng(), counted_steps(evaluator):
             evaluator.train(max_steps=1)
     except Exception:
         # Whatever else is wrong with the loop will show when it runs in earnest.
