@@ -38,7 +38,7 @@ def counted_steps(evaluator: Any) -> Iterator[None]:
 
     For the time of the block the loop's class takes the number and passes it on to where Lightning counts now.
     """
-    loop = type(getattr(getattr(evaluator, "trainer", None), "fit_loop", None))
+    loop: Any = type(getattr(getattr(evaluator, "trainer", None), "fit_loop", None))
     steps = getattr(loop, "max_steps", None)
     if not isinstance(steps, property) or steps.fset is not None:
         yield

@@ -1,7 +1,7 @@
 """DIPruner under NNI's evaluators for PyTorch Lightning and Hugging Face Transformers, with the real frameworks.
 
-Both are checked against the masks that calibration data alone gives: training at a learning rate of 0 changes no weight,
-and the whole data set is one interval, so every road must lead to the same channels.
+Both are checked against the masks that calibration data alone gives: training at a learning rate of 0 changes no
+weight, and the whole data set is one interval, so every road must lead to the same channels.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def frozen_norms(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("told", [{}, {"max_steps": IMAGES // BATCH}, {"max_epochs": 1}])
 def test_lightning(data: Any, weights: dict[str, Tensor], tmp_path: Path, told: dict[str, int]) -> None:
-    pl = pytest.importorskip("pytorch_lightning")
+    pl: Any = pytest.importorskip("pytorch_lightning")
     from nni.compression import LightningEvaluator
 
     class Module(pl.LightningModule):
@@ -102,11 +102,12 @@ def test_lightning(data: Any, weights: dict[str, Tensor], tmp_path: Path, told: 
     pruner = DIPruner(model, CONFIG, LightningEvaluator(trainer, nni.trace(Images)()), training_steps=IMAGES // BATCH)
     _, masks = pruner.compress(**told)
     assert_same_masks(masks, by_calibration(weights, data))
-    assert speedup(model, masks, data[0][:1]).net[0].out_channels == 4
+    small: Any = speedup(model, masks, data[0][:1])
+    assert small.net[0].out_channels == 4
 
 
 def test_transformers(data: Any, weights: dict[str, Tensor], tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers: Any = pytest.importorskip("transformers")
     if int(transformers.__version__.split(".")[0]) > 4 or int(transformers.__version__.split(".")[1]) > 30:
         pytest.skip("NNI 3.0's TransformersEvaluator finds no optimizer in Transformers after 4.30")
     from nni.compression import TransformersEvaluator
