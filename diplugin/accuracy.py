@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .errors import DataError, ModelError
 from .features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
 from .modes import evaluating
+from .team import current_team
 
 
 def accuracy(
@@ -23,19 +24,26 @@ def accuracy(
     """Fraction of images classified correctly, in eval mode; modes are as before afterwards.
 
     Class ids [N] and one-hot targets [N, L] are compared with the largest logit, multi-label targets with the signs of
-    the logits, label by label.
+    the logits, label by label. Where `torch.distributed` is initialised every process runs some of the batches, and all
+    get the same figure.
 
     Raises:
         DataError: an empty loader, or labels that do not fit the outputs.
         ModelError: the model returns something else than one tensor of logits.
     """
+    team = current_team(loader)
     right = total = 0.0
-    with evaluating(model), torch.no_grad():
-        for batch in loader:
+    with evaluating(model), torch.no_grad(), team.together():
+        for turn, batch in enumerate(loader):
+            if not team.mine(turn):
+                continue
             batch = to_device(batch, device_of(model))
             labels = get_labels(batch)  # first: a batch of another form is the data's fault, not the model's
             hits = hits_of(forward(model, batch), labels)
             right, total = right + float(hits.sum()), total + hits.numel()
+    counts = torch.tensor([right, total], dtype=torch.float64)
+    team.sum([counts])
+    right, total = counts.tolist()
     if not total:
         raise DataError("expected a loader that yields images to judge by, got an empty one")
     return right / total

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
-from .errors import DataError, DeviceError, DipluginError, ProcessError
+from .errors import DataError, DeviceError, ProcessError
 from .groups import first_line
 
 _MESSAGE_BYTES = 512
@@ -87,6 +87,8 @@ class Team:
 
     def everybodys(self, tensor: Tensor) -> list[Tensor]:
         """The tensor of every process, all of one shape, where this one's lives."""
+        if self.size == 1:
+            return [tensor]
         sent = _where_it_travels(tensor.contiguous())
         parts = [torch.empty_like(sent) for _ in range(self.size)]
         with _connected():
@@ -173,9 +175,10 @@ def one_voice() -> Iterator[Team]:
         try:
             with team.guarding():
                 yield team
-        except (DipluginError, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt) as error:
             if not _speaks(team):
-                raise SystemExit(error.exit_code if isinstance(error, DipluginError) else 130) from None
+                code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+                raise SystemExit(code) from None
             raise
 
 
@@ -234,10 +237,10 @@ def _connected() -> Iterator[None]:
 
 
 def _where_it_travels(tensor: Tensor) -> Tensor:
-    """NCCL carries what lies on this process' GPU, gloo what lies anywhere."""
-    if dist.get_backend() == "nccl" and not tensor.is_cuda:
-        return tensor.to(torch.device("cuda", torch.cuda.current_device()))
-    return tensor
+    """NCCL carries what lies on this process' GPU, gloo what lies in memory."""
+    if dist.get_backend() == "nccl":
+        return tensor if tensor.is_cuda else tensor.to(torch.device("cuda", torch.cuda.current_device()))
+    return tensor.cpu()
 
 
 def _deal_out(flat: Tensor, tensors: Sequence[Tensor]) -> None:

@@ -6,6 +6,9 @@ at the wrong position, shows in the output.
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -225,6 +228,28 @@ def make_images() -> Callable[..., ImageSet]:
         return ImageSet(patterns[labels] + 0.7 * torch.randn(count, 3, 8, 8, generator=generator), labels)
 
     return make
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Callable[..., list[subprocess.CompletedProcess[str]]]:
+    """`processes(script, size, *args)` runs a script, given as text, in processes that find each other."""
+
+    def run(script: str, size: int, *args: object) -> list[subprocess.CompletedProcess[str]]:
+        (tmp_path / "script.py").write_text(script)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        root = Path(__file__).resolve().parents[1]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "adapters")]), "OMP_NUM_THREADS": "1",
+               "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+               "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+        command = [sys.executable, str(tmp_path / "script.py"), *map(str, args)]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started = [subprocess.Popen(command, env={**env, "RANK": str(rank)}, **pipes) for rank in range(size)]
+        ended = [(process, *process.communicate(timeout=300)) for process in started]
+        return [subprocess.CompletedProcess(p.args, p.returncode, out, err) for p, out, err in ended]
+
+    return run
 
 
 @pytest.fixture

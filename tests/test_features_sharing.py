@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
+Processes = Callable[..., list[subprocess.CompletedProcess[str]]]
 
 SCRIPT = """
 import os, sys, torch
@@ -51,35 +50,12 @@ except (DipluginError, RuntimeError) as error:
 """
 
 
-def run(folder: Path, size: int, batch: int, mode: str = "") -> list[subprocess.CompletedProcess[str]]:
-    """Start `size` processes that find each other on a free port of this machine."""
-    script = folder / "score.py"
-    script.write_text(SCRIPT)
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for rank in range(size):
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")]), "RANK": str(rank),
-               "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-               "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-        command = [sys.executable, str(script), str(folder / f"of{size}"), str(batch), mode]
-        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    done = []
-    for process in started:
-        out, err = process.communicate(timeout=300)
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    return done
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["", "until"])
-def test_two_processes_score_as_one(tmp_path: Path, mode: str) -> None:
+def test_two_processes_score_as_one(processes: Processes, tmp_path: Path, mode: str) -> None:
     """230 images in chunks of 40 are six: the tail of 30 stands alone, and both processes get three."""
     for size, batch in ((1, 230), (2, 17)):
-        for done in run(tmp_path, size, batch, mode):
+        for done in processes(SCRIPT, size, tmp_path / f"of{size}", batch, mode):
             assert done.returncode == 0, done.stderr
     alone = load_file(tmp_path / "of1.0")
     for rank in (0, 1):
@@ -90,16 +66,16 @@ def test_two_processes_score_as_one(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_ends_all_with_one_message(tmp_path: Path) -> None:
-    first, second = run(tmp_path, 2, 17, "fails")
+def test_a_process_that_fails_ends_all_with_one_message(processes: Processes, tmp_path: Path) -> None:
+    first, second = processes(SCRIPT, 2, tmp_path / "of2", 17, "fails")
     assert (first.returncode, second.returncode) == (2, 2)
     assert "process 1 of 2 stopped: the disk is gone" in first.stderr
     assert "the disk is gone" in second.stderr
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_with_one_message(tmp_path: Path) -> None:
-    first, second = run(tmp_path, 2, 17, "dies")
+def test_a_process_that_dies_ends_the_others_with_one_message(processes: Processes, tmp_path: Path) -> None:
+    first, second = processes(SCRIPT, 2, tmp_path / "of2", 17, "dies")
     assert (first.returncode, second.returncode) == (2, 9)
     assert "another process of this run ended" in first.stderr
     assert "Traceback" not in first.stderr

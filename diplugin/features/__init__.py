@@ -8,7 +8,18 @@ what it cost (`profile`) if one is wanted.
 from __future__ import annotations
 
 from ..team import Team, process_group
-from .batches import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, forward_inputs, labels_of, move_to, to_device
+from .batches import (
+    CHUNK_SIZE,
+    Forward,
+    GetLabels,
+    batch_length,
+    chunks,
+    device_of,
+    forward_inputs,
+    labels_of,
+    move_to,
+    to_device,
+)
 from .observe import Observation, score_points
 from .profile import LayerProfile, ScoreProfile
 from .scene import Scene, observing
@@ -24,6 +35,7 @@ __all__ = [
     "ScoreProfile",
     "Team",
     "UntilStable",
+    "batch_length",
     "chunks",
     "device_of",
     "forward_inputs",

@@ -87,7 +87,7 @@ def chunks(loader: Iterable[Any], size: int = CHUNK_SIZE) -> Iterator[Any]:
     pending: list[Any] = []
     count = 0
     for batch in loader:
-        length = _length(batch)
+        length = batch_length(batch)
         if length is None:
             yield batch
             continue
@@ -102,7 +102,12 @@ def chunks(loader: Iterable[Any], size: int = CHUNK_SIZE) -> Iterator[Any]:
         yield _join(pending)
 
 
-def _length(batch: Any) -> int | None:
+def batch_length(batch: Any) -> int | None:
+    """How many images a batch holds; None where it cannot be cut, since its leaves are not tensors of one length.
+
+    Raises:
+        DataError: inputs and labels of different lengths.
+    """
     leaves = pytree.tree_leaves(batch)
     if not leaves or not all(isinstance(x, Tensor) and x.ndim > 0 for x in leaves):
         return None

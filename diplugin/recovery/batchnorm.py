@@ -2,11 +2,14 @@
 
 Without it every criterion looks alike at half the MACs: the statistics still describe sums over channels that no
 longer exist. No gradient is needed, a few hundred training images are enough.
+
+In training mode a BatchNorm normalises by the chunk at hand, so chunks know nothing of each other and can be dealt out
+to many processes: the average over all of them is what one process would have found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ..errors import DataError
 from ..features import Forward, chunks, device_of, forward_inputs, to_device
 from ..modes import evaluating
+from ..team import Team, current_team
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -31,7 +35,8 @@ def recalibrate_batchnorm(
     """Replace the running statistics of every BatchNorm by averages over training images, in place.
 
     Only BatchNorms run in training mode (dropout stays off); all modes are as before afterwards. A model without
-    BatchNorm is left alone and the data is not read.
+    BatchNorm is left alone and the data is not read. Where `torch.distributed` is initialised the chunks are shared
+    out, and every process ends with the statistics of all.
 
     Args:
         loader: batches of training data; labels are not used.
@@ -47,20 +52,24 @@ def recalibrate_batchnorm(
     momenta = {norm: norm.momentum for norm in norms}
     before = {norm: {k: v.clone() for k, v in norm.state_dict().items()} for norm in norms}
     seen, done = 0, False
+    team = current_team(loader)
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad(), team.together():
             for norm in norms:
                 norm.train()
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain average over chunks
+            turn = 0
             for batch in chunks(loader, chunk_size):
                 count = _images_in(batch)
                 if count < 2:
                     continue
-                forward(model, to_device(batch, device_of(model)))
-                seen += count
+                if team.mine(turn):
+                    forward(model, to_device(batch, device_of(model)))
+                seen, turn = seen + count, turn + 1
                 if seen >= images:
                     break
+        _average(norms, team)
         done = seen > 0
     finally:
         for norm, momentum in momenta.items():
@@ -71,6 +80,21 @@ def recalibrate_batchnorm(
     if not done:
         raise DataError("expected batches of two images or more to recalibrate BatchNorm, got none")
     return model
+
+
+def _average(norms: Sequence[Any], team: Team) -> None:
+    """Statistics of every process, weighted by its chunks."""
+    if team.size == 1:
+        return
+    weights = [norm.num_batches_tracked.double() for norm in norms]
+    sums = [weight * statistic.double() for norm, weight in zip(norms, weights, strict=True)
+            for statistic in (norm.running_mean, norm.running_var)]  # fmt: skip
+    team.sum([*weights, *sums])
+    for norm, weight, mean, var in zip(norms, weights, sums[0::2], sums[1::2], strict=True):
+        norm.num_batches_tracked.copy_(weight)
+        if weight:
+            norm.running_mean.copy_(mean / weight)
+            norm.running_var.copy_(var / weight)
 
 
 def _images_in(batch: Any) -> int:

@@ -8,7 +8,8 @@ pixel by pixel, the removed channels are regressed on the kept ones,
 and the columns of the layer's weight that read R are folded into those that read K: W_K += W_R B. Where the layer has
 a bias, or a BatchNorm behind it that is recalibrated anyway, the regression has an intercept, which goes into the bias
 or is left to the BatchNorm; elsewhere no bias may appear that a fresh model would not have, and the regression goes
-through the origin. One pass over a few hundred images, no gradient.
+through the origin. One pass over a few hundred images, no gradient; moments are sums over images, so many processes
+share the pass out and add theirs up.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..features import Forward, chunks, device_of, forward_inputs, to_device
 from ..modes import evaluating
 from ..network import NetworkTrace
 from ..plan import PruningPlan
+from ..team import current_team
 
 _MAX_CHANNELS = 4096
 
@@ -126,6 +128,7 @@ def _input_moments(
 ) -> dict[str, _Moments]:
     moments = {r.name: _Moments(len(r.kept) + len(r.gone)) for r in readers}
     handles = []
+    team = current_team(loader)
 
     def watch(name: str, module: nn.Module) -> None:
         channel_dim = -1 if isinstance(module, nn.Linear) else 1
@@ -139,9 +142,10 @@ def _input_moments(
         for reader in readers:
             watch(reader.name, model.get_submodule(reader.name))
         seen = 0
-        with evaluating(model), torch.no_grad():
-            for batch in chunks(loader) if readers else ():
-                forward(model, to_device(batch, device_of(model)))
+        with evaluating(model), torch.no_grad(), team.together():
+            for turn, batch in enumerate(chunks(loader) if readers else ()):
+                if team.mine(turn):
+                    forward(model, to_device(batch, device_of(model)))
                 seen += next(len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
                 if seen >= images:
                     break
@@ -150,6 +154,10 @@ def _input_moments(
             handle.remove()
     if readers and not seen:
         raise DataError("expected a loader that yields batches to compensate with, got an empty one")
+    counts = torch.tensor([m.count for m in moments.values()], dtype=torch.float64)
+    team.sum([counts, *(t for m in moments.values() for t in (m.gram, m.total))])
+    for m, count in zip(moments.values(), counts.tolist(), strict=True):
+        m.count = int(count)
     if not all(torch.isfinite(m.gram).all() for m in moments.values()):
         raise DataError("expected finite feature maps to compensate with, got NaN or infinity")
     return moments

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..network import LayerSpec
+from ..team import Team
 
 _LARGEST_FIT = 6000
 _BLOCK_ROWS = 20_000
@@ -36,6 +37,10 @@ class Site:
     norm: str | None
     positions: Tensor
 
+    def only(self, images: slice) -> Site:
+        """The same site, looking at some of the images."""
+        return replace(self, positions=self.positions[images])
+
     def sampled(self, y: Tensor) -> Tensor:
         """[N, P, C]: a tensor of this layer's output shape at the sampled positions."""
         rows = y.flatten(2).transpose(1, 2) if self.spec.op == "conv" else y.reshape(len(y), -1, y.shape[-1])
@@ -43,10 +48,11 @@ class Site:
 
 
 class LayerFit:
-    """The least-squares problem of one layer."""
+    """The least-squares problem of one layer; of many processes each has some of the images, all find one solution."""
 
-    def __init__(self, module: Any, site: Site, x: Tensor, targets: Tensor) -> None:
+    def __init__(self, module: Any, site: Site, x: Tensor, targets: Tensor, team: Team | None = None) -> None:
         self.module, self.site, self.x, self.targets = module, site, x, targets
+        self.team = team or Team()
         self.depthwise = getattr(module, "groups", 1) > 1
         window = prod(getattr(module, "kernel_size", ()))
         channels = getattr(module, "in_channels", None) or module.in_features
@@ -77,7 +83,7 @@ class LayerFit:
         d, outs = self.unknowns, 1 if self.depthwise else self.targets.shape[-1]
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=self.x.device)  # noqa: E731
         gram, cross = zeros(self.sets, d, d), zeros(self.sets, d, outs)
-        sum_x, sum_t, rows = zeros(self.sets, d), zeros(self.sets, outs), 0
+        sum_x, sum_t, rows = zeros(self.sets, d), zeros(self.sets, outs), zeros(1)
         per_block = max(1, _BLOCK_ROWS // self.site.positions.shape[1])
         for block in torch.arange(len(self.x), device=self.x.device).split(per_block):
             x, t = self._patches(block), self._targets(block)
@@ -86,6 +92,7 @@ class LayerFit:
             sum_x += x.sum(1).double()
             sum_t += t.sum(1).double()
             rows += x.shape[1]
+        self.team.sum([gram, cross, sum_x, sum_t, rows])
         gram, cross, mean_x, mean_t = gram / rows, cross / rows, sum_x / rows, sum_t / rows
         if centred:
             gram = gram - mean_x[:, :, None] * mean_x[:, None]

@@ -15,6 +15,9 @@ random pixels an image, and one pass of the pruned one, in which every layer is 
 used. BatchNorm keeps the statistics of the unpruned network, whose outputs are reproduced; recalibrating afterwards
 would undo part of the work.
 
+Many processes deal the images out: each runs both passes on its own, the sums of every layer's problem are added up,
+and all solve the same one.
+
 This is our addition; the idea of fitting a pruned layer to the unpruned outputs is that of He, Zhang & Sun, "Channel
 pruning for accelerating very deep neural networks", 2017.
 """
@@ -37,6 +40,7 @@ from ..features import Forward, device_of, forward_inputs, to_device
 from ..modes import evaluating
 from ..network import NetworkTrace
 from ..plan import PruningPlan
+from ..team import Team, current_team
 from .layer_fit import LayerFit, Site
 
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
@@ -84,15 +88,21 @@ def reconstruct(
         DataError: the loader yields nothing, or features that are not finite.
     """
     settings = settings or Reconstruction()
-    batch = to_device(_gather(loader, settings.images), device_of(unpruned))
-    images = next(len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
-    sites = _sites(unpruned, trace, plan, images, settings.samples)
-    targets = _Targets(unpruned, sites)
-    with targets.watching():
-        forward(unpruned, batch)
-    refit = _Refit(pruned, sites, targets, settings.ridge)
-    with refit.watching():
-        forward(pruned, batch)
+    team = current_team(loader)
+    with team.guarding():
+        batch = _gather(loader, settings.images)
+        images = next(len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
+        if images < team.size:
+            team = Team()  # too few to be dealt: everybody does all of it
+        rows = team.rows(images)
+        sites = {n: s.only(rows) for n, s in _sites(unpruned, trace, plan, images, settings.samples).items()}
+        batch = to_device(pytree.tree_map(lambda x: x[rows], batch), device_of(unpruned))
+        targets = _Targets(unpruned, sites)
+        with targets.watching():
+            forward(unpruned, batch)
+        refit = _Refit(pruned, sites, targets, settings.ridge, team)
+        with refit.watching():
+            forward(pruned, batch)
     return tuple(refit.done)
 
 
@@ -235,9 +245,11 @@ class _Targets(_Watch):
 class _Refit(_Watch):
     """Refits the pruned network's sites while it runs."""
 
-    def __init__(self, model: nn.Module, sites: Mapping[str, Site], targets: _Targets, ridge: float) -> None:
+    def __init__(
+        self, model: nn.Module, sites: Mapping[str, Site], targets: _Targets, ridge: float, team: Team
+    ) -> None:
         super().__init__(model, sites)
-        self.targets, self.ridge = targets, ridge
+        self.targets, self.ridge, self.team = targets, ridge, team
         self.done: list[str] = []
         self._waiting: dict[str, Tensor] = {}
 
@@ -261,7 +273,7 @@ class _Refit(_Watch):
 
     def _fit(self, site: Site, x: Tensor, target: Tensor) -> None:
         norm = self.modules[site.norm] if site.norm else None
-        if LayerFit(self.modules[site.spec.name], site, x, target).solve(self.ridge, norm):
+        if LayerFit(self.modules[site.spec.name], site, x, target, self.team).solve(self.ridge, norm):
             self.done.append(site.spec.name)
 
 

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from ..errors import DataError, UserError
 from ..features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
 from ..modes import modes_kept
+from ..team import Team, current_team
 from .losses import label_loss, teacher_loss
+from .shared_step import SharedStep
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,15 @@ def train(
 ) -> nn.Module:
     """Train the model in place and return it, in the mode it came in.
 
+    Where `torch.distributed` is initialised every batch is shared out (`shared_step`): all processes are given the
+    same model, loader and settings, and end with the network that one process would have trained, up to rounding.
+
     Args:
         loader: batches of training data, iterated once an epoch; it must have a length.
         teacher: the unpruned network, never changed; needed where `settings.teacher_weight` is not 0.
         seed: with the epoch, seeds torch's generator before every epoch.
-        checkpoint: safetensors file written after every epoch, and taken up from where it exists.
+        checkpoint: safetensors file written after every epoch, and taken up from where it exists; of many processes
+            only the first one writes and reads it.
         extra: one more term of the loss, asked once both networks have run on a batch.
 
     Raises:
@@ -102,9 +108,11 @@ def train(
     optimizer = torch.optim.SGD(_groups(model, settings.weight_decay), lr=settings.lr, momentum=settings.momentum,
                                 nesterov=True)  # fmt: skip
     total = settings.epochs * steps
-    start = _load_state(checkpoint, model, optimizer)
     guide = teacher if settings.teacher_weight else None
-    with modes_kept(model):
+    team = current_team(loader)
+    shared = SharedStep(team)
+    with team.guarding(), modes_kept(model):
+        start = _take_up(checkpoint, model, optimizer, team)
         for epoch in range(start, settings.epochs):
             torch.manual_seed(seed * 100_003 + epoch)
             model.train()
@@ -112,11 +120,12 @@ def train(
             for step, batch in enumerate(loader, epoch * steps):
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * _lr_factor(step, total, settings.warm_up)
-                losses.append(_step(model, batch, optimizer, settings, guide, get_labels, forward, extra))
+                losses.append(_step(model, batch, optimizer, settings, guide, get_labels, forward, extra, shared))
             loss = sum(losses) / max(1, len(losses))
             if not math.isfinite(loss):
                 raise DataError(f"training diverged in epoch {epoch + 1} (loss {loss}); lower the learning rate")
-            _save_state(checkpoint, model, optimizer, epoch + 1)
+            if team.rank == 0:
+                _save_state(checkpoint, model, optimizer, epoch + 1)
             if on_epoch:
                 on_epoch(EpochReport(epoch + 1, settings.epochs, loss))
     return model
@@ -149,32 +158,53 @@ def _lr_factor(step: int, total: int, warm_up: float) -> float:
 
 
 def _step(
-    model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer, settings: FineTuning,
-    teacher: nn.Module | None, get_labels: GetLabels, forward: Forward, extra: Callable[[], Tensor] | None = None,
+    model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer, settings: FineTuning, teacher: nn.Module | None,
+    get_labels: GetLabels, forward: Forward, extra: Callable[[], Tensor] | None, shared: SharedStep,
 ) -> float:  # fmt: skip
-    batch = to_device(batch, device_of(model))
+    part = shared.part(batch)
+    batch = to_device(part.batch, device_of(model))
     labels = get_labels(batch)
     if len(labels) < 2:
         return 0.0  # BatchNorm cannot train on one image
-    logits = forward(model, batch)
-    loss = (1 - settings.teacher_weight if teacher is not None else 1.0) * label_loss(
-        logits, labels, settings.smoothing
-    )
-    if teacher is not None:
-        loss = loss + settings.teacher_weight * teacher_loss(logits, _ask(teacher, batch, forward),
-                                                             settings.temperature)  # fmt: skip
-    if extra is not None:
-        loss = loss + extra()
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    with shared.running(part):
+        logits = forward(model, batch)
+        loss = (1 - settings.teacher_weight if teacher is not None else 1.0) * label_loss(
+            logits, labels, settings.smoothing
+        )
+        if teacher is not None:
+            loss = loss + settings.teacher_weight * teacher_loss(logits, _ask(teacher, batch, forward),
+                                                                 settings.temperature)  # fmt: skip
+        if extra is not None:
+            loss = loss + extra()
+        loss = part.share * loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+    whole = shared.summed(part, loss, [p for group in optimizer.param_groups for p in group["params"]])
     optimizer.step()
-    return float(loss.detach())
+    return whole
 
 
 def _ask(teacher: nn.Module, batch: Any, forward: Forward) -> Tensor:
     teacher.eval()
     with torch.no_grad():
         return forward(teacher, batch)
+
+
+def _take_up(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, team: Team) -> int:
+    """The epoch to go on with; all processes go on from the first one's state."""
+    start = torch.tensor([_load_state(path, model, optimizer) if team.rank == 0 else 0])
+    team.follow_first([start])
+    team.follow_first([v for v in model.state_dict().values() if isinstance(v, Tensor)])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moving = torch.tensor(["momentum_buffer" in optimizer.state.get(p, {}) for p in parameters], dtype=torch.uint8)
+    team.follow_first([moving])
+    momenta = []
+    for parameter, moves in zip(parameters, moving.tolist(), strict=True):
+        if moves:
+            state = optimizer.state[parameter]
+            momenta.append(state.setdefault("momentum_buffer", torch.zeros_like(parameter)))
+    team.follow_first(momenta)
+    return int(start)
 
 
 def _save_state(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
