@@ -23,6 +23,7 @@ from .features import Forward, GetLabels
 from .network import trace_network
 from .plan import PruningPlan
 from .tables import LatencyTable
+from .team import current_team
 
 _PACKAGES = ("diplugin", "torch", "torch-pruning", "onnx", "onnxruntime", "numpy", "scikit-learn")
 
@@ -64,23 +65,35 @@ class Measure:
         return accuracy(model, self.judge if data is None else data, get_labels=self.get_labels, forward=self.forward)
 
     def exported(self, model: nn.Module, path: Path) -> dict[str, Any]:
-        """Write the ONNX file; its size, its time on this machine, and how near it comes to torch."""
+        """Write the ONNX file; its size, its time on this machine, and how near it comes to torch.
+
+        Of many processes the first one writes and times it while the others wait: a clock wants a machine to itself.
+        """
         from .export import export_onnx
 
-        check = export_onnx(model, self.inputs, path)
-        return {"size_mb": check.size_mb, "latency_ms_measured": self._time(check.path),
-                "onnx_max_abs_difference": check.max_abs_difference}  # fmt: skip
+        def work() -> dict[str, Any]:
+            check = export_onnx(model, self.inputs, path)
+            return {"size_mb": check.size_mb, "latency_ms_measured": self._time(check.path),
+                    "onnx_max_abs_difference": check.max_abs_difference}  # fmt: skip
+
+        return current_team().done_by_first(work)
 
     def milliseconds(self, model: nn.Module) -> float | None:
         """The network's time as ONNX on this machine; None where the table is another device's."""
         from .export import export_onnx
 
-        with tempfile.TemporaryDirectory() as scratch:
-            return self._time(export_onnx(model, self.inputs, Path(scratch) / "model.onnx").path)
+        def work() -> float | None:
+            with tempfile.TemporaryDirectory() as scratch:
+                return self._time(export_onnx(model, self.inputs, Path(scratch) / "model.onnx").path)
+
+        return current_team().done_by_first(work)
 
     @property
     def local(self) -> bool:
-        """Whether the table was measured on this very machine."""
+        """Whether the table was measured on this very machine (the first process', if there are several)."""
+        return current_team().done_by_first(self._is_local)
+
+    def _is_local(self) -> bool:
         if self.table is None or self.table.origin != "measured":
             return False
         from .latency.local import is_this_machine
@@ -88,7 +101,7 @@ class Measure:
         return is_this_machine(self.table)
 
     def _time(self, path: Path) -> float | None:
-        if self.table is not None and not self.local:
+        if self.table is not None and not self._is_local():
             return None
         from .latency import measure_onnx
 
