@@ -104,6 +104,11 @@ class PeakActivationMemory:
     def base(self) -> float:
         return self._base
 
+    @property
+    def sums(self) -> tuple[tuple[Term, ...], ...]:
+        """A layer's memory is a sum by itself; the peak is the largest."""
+        return tuple((term,) for term in self._terms)
+
     @cached_property
     def guide(self) -> SeparableCost:
         """A sum that falls wherever any large layer does: the sixth powers of the layers' shares of the peak.

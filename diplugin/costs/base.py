@@ -19,8 +19,9 @@ class CostModel(Protocol):
     """A cost in one unit. `name` is what budgets, plans and metrics call it.
 
     A model may offer more, which the search uses where it is there: `neighbours(group)`, the groups whose changes
-    depend on this one's width; `allowed_widths(group)`, the widths it knows; and `guide`, a smoother cost model that
-    says which way is down where the cost itself, being a maximum, does not.
+    depend on this one's width; `allowed_widths(group)`, the widths it knows; `guide`, a smoother cost model that
+    says which way is down where the cost itself, being a maximum, does not; and `sums`, lists of `Term`s: the cost is
+    their sum, or the largest of their sums if there are several.
     """
 
     name: str
@@ -71,6 +72,10 @@ class SeparableCost:
         if self._base is None:
             self._base = self.cost(self._base_widths)
         return self._base
+
+    @property
+    def sums(self) -> tuple[tuple[Term, ...], ...]:
+        return (self._terms,)
 
     def cost(self, widths: Widths) -> float:
         return sum(self._value(i, widths) for i in range(len(self._terms)))

@@ -15,6 +15,9 @@ from .curves import Scorer
 
 _LEVELS = 128
 
+#: A cost model and what it may be at most, in its own unit.
+Limit = tuple[CostModel, float]
+
 
 @dataclass(frozen=True)
 class SearchLimits:
@@ -61,7 +64,12 @@ def check_prunable(trace: NetworkTrace) -> None:
         raise ModelError(f"expected a model with channels that can be removed, found none ({notes})")
 
 
-def limits_of(costs: Sequence[CostModel], budgets: Sequence[Budget]) -> list[tuple[CostModel, float]]:
+def limits_of(costs: Sequence[CostModel], budgets: Sequence[Budget]) -> list[Limit]:
+    """Every budget with its model, as an absolute limit.
+
+    Raises:
+        BudgetError: no budget, or one on a cost that no model knows.
+    """
     models = {model.name: model for model in costs}
     if not budgets:
         raise BudgetError("expected a budget such as macs=0.5, got none")
