@@ -282,6 +282,21 @@ def test_no_time_at_all_leaves_greedys_plan() -> None:
     assert plan.widths == GreedySearch()(trace, scorer, [cost], budget).widths and "greedy" in plan.found_by
 
 
+def test_it_goes_on_from_an_earlier_plan() -> None:
+    """What an earlier plan removed stays gone, and of what is left the best is kept."""
+    trace, scores = made_up([(8, 1), (8, 1), (6, 3)], 3)
+    scorer, cost = FixedScores(trace.prunable, scores), products(trace)
+    first = EXACT(trace, scorer, [cost], [Budget("macs", fraction=0.7)], ANY_WIDTH)
+    second = EXACT(trace, scorer, [cost], [Budget("macs", fraction=0.4)], ANY_WIDTH, start=first)
+    grid = {g.name: range(g.blocks, first.widths[g.name] + 1, g.blocks) for g in trace.prunable}
+    assert all(set(second.kept[n]) <= set(first.kept[n]) for n in first.kept)
+    assert loss_of(trace, scores, second.widths) == pytest.approx(
+        best_loss(trace, scores, [(cost, 0.4 * cost.base)], grid)
+    )
+    assert second.path[-1].loss == pytest.approx(loss_of(trace, scores, second.widths))
+    assert second.costs["macs"].base == cost.base
+
+
 def test_a_budget_that_holds_already() -> None:
     trace, scores = made_up([(4, 1)], 0)
     plan = EXACT(trace, FixedScores(trace.prunable, scores), [products(trace)], [Budget("macs", fraction=1.0)])

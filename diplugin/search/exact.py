@@ -59,6 +59,8 @@ class ExactSearch:
         costs: Sequence[CostModel],
         budgets: Sequence[Budget],
         limits: SearchLimits | None = None,
+        *,
+        start: PruningPlan | None = None,
     ) -> PruningPlan:
         """The plan of least loss; the scorer is asked once, `rescore_every` is greedy's alone.
 
@@ -67,10 +69,9 @@ class ExactSearch:
         """
         check_prunable(trace)
         options = replace(limits or SearchLimits(), rescore_every=0.0)
-        curves = scorer.curves({g.name: list(range(g.units)) for g in trace.prunable})
-        problem = _Problem(trace, _Known(curves), costs, limits_of(costs, budgets), options)
+        problem = _Problem.of(trace, scorer, costs, limits_of(costs, budgets), options, start)
         try:
-            greedy, failure = greedy_search(trace, problem.scorer, costs, budgets, options), None
+            greedy, failure = greedy_search(trace, problem.scorer, costs, budgets, options, start=start), None
         except InfeasibleBudget as error:
             greedy, failure = None, error
         found = _Hunt(self, problem, greedy)
@@ -100,13 +101,30 @@ class _Problem:
     costs: Sequence[CostModel]
     limits: list[Limit]
     options: SearchLimits
+    start: PruningPlan | None
+
+    @classmethod
+    def of(
+        cls, trace: NetworkTrace, scorer: Scorer, costs: Sequence[CostModel], limits: list[Limit],
+        options: SearchLimits, start: PruningPlan | None,
+    ) -> _Problem:  # fmt: skip
+        """With the curves of what is there at the start."""
+        kept = {g.name: list(range(g.channels)) for g in trace.prunable} if start is None else start.kept
+        units = {g.name: [c for c in kept[g.name] if c < g.units] for g in trace.prunable}
+        return cls(trace, _Known(scorer.curves(units)), costs, limits, options, start)
+
+    def first(self, group: str) -> int:
+        """A group's width at the start."""
+        return self.trace.by_name[group].channels if self.start is None else len(self.start.kept[group])
 
     def grids(self) -> dict[str, list[int]]:
-        return {g.name: allowed_widths(g, self.costs, self.options) for g in self.trace.prunable}
+        """Widths to choose among, the one at the start included."""
+        allowed = {g.name: allowed_widths(g, self.costs, self.options) for g in self.trace.prunable}
+        return {n: [*(w for w in widths if w < self.first(n)), self.first(n)] for n, widths in allowed.items()}
 
     def loss(self, group: str, width: int) -> float:
-        g = self.trace.by_name[group]
-        return self.scorer.known[group].losses[(g.channels - width) // g.blocks]
+        lost = (self.first(group) - width) // self.trace.by_name[group].blocks
+        return self.scorer.known[group].losses[lost]
 
     def total(self, widths: Mapping[str, int]) -> float:
         return sum(self.loss(g, w) for g, w in widths.items())
@@ -118,8 +136,8 @@ class _Problem:
 
     def plan(self, widths: Mapping[str, int]) -> PruningPlan:
         """The plan that goes to these widths and gives back what the budgets leave."""
-        state = State(self.trace, self.scorer, self.costs, self.limits, self.options)
-        path = [state.point()]
+        state = State(self.trace, self.scorer, self.costs, self.limits, self.options, self.start)
+        path = [*(() if self.start is None else self.start.path), state.point()]
         for name, width in widths.items():
             if width != state.widths[name]:
                 state.take(name, width)

@@ -74,9 +74,11 @@ class GreedySearch:
         costs: Sequence[CostModel],
         budgets: Sequence[Budget],
         limits: SearchLimits | None = None,
+        *,
+        start: PruningPlan | None = None,
     ) -> PruningPlan:
         """See `greedy_search`."""
-        return greedy_search(trace, scorer, costs, budgets, limits)
+        return greedy_search(trace, scorer, costs, budgets, limits, start=start)
 
 
 def _infeasible(state: State, budgets: Sequence[Budget]) -> InfeasibleBudget:

@@ -48,6 +48,8 @@ class Search(Protocol):
         costs: Sequence[CostModel],
         budgets: Sequence[Budget],
         limits: SearchLimits | None = None,
+        *,
+        start: PruningPlan | None = None,
     ) -> PruningPlan:
         """The plan; see `greedy_search` for what goes in and what is raised."""
         ...
