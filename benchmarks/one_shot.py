@@ -74,6 +74,18 @@ def run(name: str, model: nn.Module, data: Data, contenders: Sequence[Contender]
             print(f"{name:9} {contender.name:32} {fraction:4.0%} {figure}", flush=True)
 
 
+def print_table(rows: Sequence[Row], fractions: Sequence[float]) -> None:
+    """Contenders down, networks and fractions across, best first at the middle fraction of the first network."""
+    columns = [(net, f) for net in dict.fromkeys(r["net"] for r in rows) for f in fractions]
+    at = {(r["contender"], r["net"], r["target"]): r["top1"] for r in rows}
+    names = [n for n in dict.fromkeys(r["contender"] for r in rows) if n != "unpruned"]
+    net, middle = columns[len(fractions) // 2]
+    print("\n" + " " * 32 + "".join(f"{f'{net} {f:.0%}':>15}" for net, f in columns))
+    for name in sorted(names, key=lambda n: -(at.get((n, net, middle)) or 0.0)):
+        found = [at.get((name, *column)) for column in columns]
+        print(f"{name:32}" + "".join("–".rjust(15) if f is None else f"{f:15.2f}" for f in found))
+
+
 def best(rows: Sequence[Row], net: str, target: float, kind: str) -> float | None:
     figures = [r["top1"] for r in rows if (r["net"], r["target"], r["form"]) == (net, target, kind)]
     return max((f for f in figures if f is not None), default=None)
@@ -106,8 +118,10 @@ def main() -> None:
     contenders = [*default_contenders(), *([] if args.no_nni else nni_contenders())]
     for name in names:
         run(name, network(name, args.weights), data, list(chosen(contenders, args.only)), args, book)
-    targets = targets_of(book.rows, names, (0.5,) if args.quick else (0.7, 0.5, 0.3))
+    fractions = (0.5,) if args.quick else (0.7, 0.5, 0.3)
+    targets = targets_of(book.rows, names, fractions)
     book.write(targets)
+    print_table(book.rows, fractions)
     print_targets(targets)
 
 
