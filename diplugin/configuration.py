@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from .costs import Budget
 from .discriminant.targets import check_positive
-from .errors import BudgetError, DataError, ModelError
+from .errors import BudgetError, DataError, ModelError, UserError
 from .measurements import versions
 from .recovery import FineTuning
-from .strategies import OneShot
+from .run_folder import recorded
+from .strategies import OneShot, StructureDistillation
 from .tables import LatencyTable
 
 
@@ -24,6 +25,7 @@ class Configuration:
 
     Attributes:
         once: how the network is scored, searched and cut, each time.
+        strategy: shrinks the network in steps; None at once.
         holdout: fraction of the training data set aside.
 
     Raises:
@@ -34,12 +36,15 @@ class Configuration:
     once: OneShot
     latency_table: LatencyTable | None = None
     recovery: FineTuning | None = None
+    strategy: StructureDistillation | None = None
     bits: Any = None
     augment: Callable[[Tensor], Tensor] | None = None
     holdout: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.strategy is not None and not hasattr(self.strategy, "shrink"):
+            raise UserError(f"expected a strategy such as StructureDistillation() or None, got {self.strategy!r:.80}")
         check_positive(self.once.rho, "rho")
         images = self.once.images
         if not isinstance(images, int) or images < 2:
@@ -60,15 +65,11 @@ class Configuration:
             "parameters": sum(p.numel() for p in model.parameters()),
             "budgets": [str(budget) for budget in self.budgets],
             "latency_table": self.latency_table.name if self.latency_table is not None else None,
-            "recovery": training_record(self.recovery),
+            "recovery": recorded(self.recovery),
+            "strategy": None if self.strategy is None else self.strategy.record(),
             "bits": None if self.bits is None else json.loads(json.dumps(asdict(self.bits), default=str)),
             "rho": self.once.rho, "images": self.once.images,
             "tap": repr(self.once.tap), "limits": asdict(self.once.limits), "ranking": repr(self.once.ranking),
             "repairs": [repr(repair) for repair in self.once.repairs],
             "holdout": self.holdout, "seed": self.seed, "versions": versions(),
         }  # fmt: skip
-
-
-def training_record(settings: FineTuning | None) -> dict[str, Any] | None:
-    """Settings of a training, with the kind of training they are for."""
-    return None if settings is None else {"kind": type(settings).__name__, **asdict(settings)}

@@ -35,7 +35,7 @@ from .report import table_info, write_report
 from .run_folder import METRICS, ONNX, REPORT, SCORES, RunFolder
 from .scoring import GroupScores
 from .search import SearchLimits
-from .strategies import Job, OneShot
+from .strategies import Job, OneShot, StructureDistillation
 from .surgery import save_pruned
 from .tables import LatencyTable
 from .taps import AfterActivation, Tap
@@ -72,6 +72,7 @@ def compress(
     budgets: Sequence[Budget],
     latency_table: LatencyTable | None = None,
     recovery: FineTuning | None = None,
+    strategy: StructureDistillation | None = None,
     bits: Any = None,
     out: str | Path | None = None,
     test_loader: Iterable[Any] | None = None,
@@ -98,6 +99,7 @@ def compress(
         budgets: limits, each on `macs`, `params`, `memory_mb`, or `latency_ms` (which needs a table).
         latency_table: of the target device.
         recovery: `FineTuning` or `Distillation`; None takes no gradient step, the repairs still run.
+        strategy: `StructureDistillation`, which shrinks the network in steps; None shrinks it at once.
         bits: settings of `diplugin.quantize`; None leaves the weights in float.
         out: run folder, new or empty; None writes nothing.
         test_loader: data that is read once, at the end, to judge by; None judges on the holdout.
@@ -121,7 +123,7 @@ def compress(
         rho=rho, tap=tap or AfterActivation(), limits=limits or SearchLimits(), repairs=tuple(repairs),
         images=images, get_labels=get_labels, forward=forward,
     )  # fmt: skip
-    asked = Configuration(tuple(budgets), once, latency_table, recovery, bits, augment, holdout, seed)
+    asked = Configuration(tuple(budgets), once, latency_table, recovery, strategy, bits, augment, holdout, seed)
     config = {**asked.record(model), "test_data": test_loader is not None, **(source or {})}
     with tempfile.TemporaryDirectory() as scratch:
         folder = RunFolder(out if out is not None else Path(scratch) / "run", config, resume=resume)
@@ -203,7 +205,10 @@ class _Run:
                    unpruned_ms, asked.augment, self.tell, self.stage)  # fmt: skip
 
     def shrink(self, job: Job, scores: GroupScores) -> tuple[nn.Module, PruningPlan]:
-        shrunk = self.asked.once.shrink(job, scores)
+        once, strategy = self.asked.once, self.asked.strategy
+        shrunk = once.shrink(job, scores) if strategy is None else strategy.shrink(once, job, scores)
+        if shrunk.steps:
+            self.metrics["steps"] = list(shrunk.steps)
         with self.stage("cut"):
             self.metrics["pruned"] = self.measure.pruned(shrunk.model, shrunk.plan)
         self.tell(f"pruned: accuracy {self.final['accuracy']:.2%} before recovery")

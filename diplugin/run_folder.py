@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise PlanError(f"expected a JSON object at {path}, got a {type(data).__name__}")
     return data
+
+
+def recorded(settings: Any) -> dict[str, Any] | None:
+    """Settings (a dataclass) for `config.json`, with their kind; None for None."""
+    return None if settings is None else {"kind": type(settings).__name__, **asdict(settings)}
 
 
 def next_numbered(parent: str | Path, stem: str) -> Path:

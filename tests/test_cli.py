@@ -159,7 +159,8 @@ def test_example_shapes(refused: Callable[..., str], shape: str) -> None:
     "option",
     [{"epochs": "-1"}, {"epochs": "2", "lr": "0"}, {"epochs": "2", "lr": "nan"}, {"rho": "0"}, {"rho": "nan"},
      {"floor": "1.5"}, {"floor": "nan"}, {"images": "1"}, {"bits": "size_mb=0"}, {"bits": "speed=1"},
-     {"weights": "none.safetensors"}, {"table": "none.json"}],
+     {"weights": "none.safetensors"}, {"table": "none.json"}, {"steps": "2"},
+     {"strategy": "structure-distillation", "step-epochs": "-1"}],
     ids=str,
 )  # fmt: skip
 def test_settings(refused: Callable[..., str], option: dict[str, str]) -> None:

@@ -392,3 +392,26 @@ def test_an_unwritable_place_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(PlanError, match="can be written"):
         figures(folder, tmp_path / "taken")
+
+
+def steps() -> list[dict[str, Any]]:
+    return [
+        {"step": 1, "costs": {"macs": {"base": 1000.0, "predicted": 700.0}}, "repair": "reconstruction",
+         "accuracy_cut": 0.91, "accuracy_taught": 0.935},
+        {"step": 2, "costs": {"macs": {"base": 1000.0, "predicted": 500.0}}, "repair": "<b>odd</b>",
+         "accuracy_cut": 0.88, "accuracy_taught": None},
+    ]  # fmt: skip
+
+
+def test_steps_are_told_where_there_were_any(tmp_path: Path) -> None:
+    assert "Step by step" not in page_of(make(tmp_path / "one")).text
+    text = page_of(make(tmp_path / "two", metrics={**metrics(), "steps": steps()})).text
+    assert "1 70.0 % reconstruction 91.00 % 93.50 %" in text
+    assert "2 50.0 % <b>odd</b> 88.00 % –" in text
+
+
+@pytest.mark.parametrize("broken", [3, [3], [{}], [{**steps()[0], "accuracy_cut": "high"}],
+                                    [{**steps()[0], "costs": {"macs": 3}}]], ids=str)  # fmt: skip
+def test_broken_steps_are_one_line(tmp_path: Path, broken: Any) -> None:
+    with pytest.raises(PlanError, match="whole figures"):
+        read_run(make(tmp_path / "run", metrics={**metrics(), "steps": broken}))

@@ -22,6 +22,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder, new or empty")
     parser.add_argument("--epochs", type=int, default=5, metavar="N", help="of recovery; 0 for none (default 5)")
     parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate of recovery (default 0.02)")
+    parser.add_argument("--strategy", choices=("one-shot", "structure-distillation"), default="one-shot",
+                        help="prune at once, or in steps with the unpruned network as teacher between them "
+                        "(default one-shot)")  # fmt: skip
+    parser.add_argument("--steps", type=positive, metavar="N", help="of structure-distillation (default 4)")
+    parser.add_argument("--step-epochs", type=int, metavar="N",
+                        help="of training after every step but the last (default 1); --epochs come on top")  # fmt: skip
     parser.add_argument("--no-teacher", action="store_true", help="fine-tune on the labels alone")
     parser.add_argument("--rho", type=float, default=10.0, help="relative ridge of DI (default 10)")
     parser.add_argument("--floor", type=float, default=0.1, help="fraction of every group that stays (default 0.1)")
@@ -48,19 +54,34 @@ def run(args: argparse.Namespace) -> int:
     recovery = None
     if args.epochs:
         recovery = (FineTuning if args.no_teacher else Distillation)(epochs=args.epochs, lr=args.lr)
+    strategy = _strategy(args)
     model, inputs = model_of(args)
     data = data_of(args)
     with Teller() as tell:
         result = compress(
             model, data.train, example_inputs=inputs, budgets=budgets, latency_table=table, recovery=recovery,
-            bits=_bits(args.bits), out=args.out, test_loader=data.test, augment=data.augment, rho=args.rho,
-            limits=SearchLimits(floor=args.floor, align=args.align),
+            strategy=strategy, bits=_bits(args.bits), out=args.out, test_loader=data.test, augment=data.augment,
+            rho=args.rho, limits=SearchLimits(floor=args.floor, align=args.align),
             images=args.images, seed=args.seed, resume=args.resume, tell=tell,
             source={"source": args.model, "data": args.data},
         )  # fmt: skip
     print_metrics(result.metrics)
     print(f"open {args.out / 'report.html'}")
     return 0
+
+
+def _strategy(args: argparse.Namespace) -> Any:
+    from ..errors import UserError
+    from ..recovery import FeatureDistillation, FineTuning
+    from ..strategies import Geometric, StructureDistillation
+
+    if args.strategy == "one-shot":
+        if args.steps is not None or args.step_epochs is not None:
+            raise UserError("expected --steps and --step-epochs with --strategy structure-distillation, got one-shot")
+        return None
+    epochs = 1 if args.step_epochs is None else args.step_epochs
+    lesson = (FineTuning if args.no_teacher else FeatureDistillation)(epochs=epochs, lr=args.lr) if epochs else None
+    return StructureDistillation(Geometric(args.steps or 4), lesson)
 
 
 def _bits(text: str | None) -> Any:

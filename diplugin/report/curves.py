@@ -113,7 +113,7 @@ def journey(run: Run) -> Drawing | None:
     # Recovery changes weights, not structure: the recovered network's cost is the pruned one's too.
     shared = run.last(cost, quantized=False)
     points = [(s.name, s.get(cost) if s.get(cost) is not None else shared, s.get("accuracy")) for s in run.stages]
-    known = [(n, c, a) for n, c, a in points if c is not None and a is not None]
+    known = [(n, c, a) for n, c, a in points if c is not None and a is not None and 0 <= a <= 1]
     if len(known) < 2:
         return None
     height, left, bottom, top = 220, 58, 44, 24

@@ -81,6 +81,7 @@ def _content(run: Run) -> dict[str, Any]:
         "stages": [_STAGE_WORDS[s.name] for s in run.stages],
         "rows": stage_rows(run),
         "agreement": agreement(run),
+        "steps": steps_table(run),
         "measured_on": run.measured_on,
         "groups": {"kept": len(run.plan.kept), "left_alone": _left_alone(run)},
         "scores": run.scores,
@@ -158,6 +159,18 @@ def stage_rows(run: Run) -> list[dict[str, Any]]:
         table.append({"name": quantity(key).name, "cells": cells,
                      "change": change(key, run.base.get(key), run.last(key)) if key in _ROWS else ABSENT})  # fmt: skip
     return table
+
+
+def steps_table(run: Run) -> dict[str, Any] | None:
+    """The steps of a gradual strategy: a row each, a column for every cost that a budget or the headline names."""
+    named = [n for n in ("macs", *(b.cost for b in run.budgets)) if any(n in s.shares for s in run.steps)]
+    costs = list(dict.fromkeys(named))
+    rows = [
+        {"number": s.number, "shares": [percent(s.shares[n]) if n in s.shares else ABSENT for n in costs],
+         "repair": s.repair, "cut": percent(s.cut, 2), "taught": ABSENT if s.taught is None else percent(s.taught, 2)}
+        for s in run.steps
+    ]  # fmt: skip
+    return {"costs": [quantity(n).name for n in costs], "rows": rows} if rows else None
 
 
 def agreement(run: Run) -> list[dict[str, str]]:

@@ -44,6 +44,23 @@ class BudgetResult:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One step of a gradual strategy.
+
+    Attributes:
+        shares: cost name -> share of the unpruned network's, as predicted.
+        cut: holdout accuracy right after the cut and its repair.
+        taught: the same after the step's training; None where there was none.
+    """
+
+    number: int
+    shares: Mapping[str, float]
+    repair: str
+    cut: float
+    taught: float | None
+
+
+@dataclass(frozen=True)
 class Scores:
     """What scoring recorded, as fractions of label variance.
 
@@ -70,6 +87,7 @@ class Run:
             network's time is left out then: it was taken elsewhere.
         bits: bit widths per layer and channel, as `quantize` records them.
         data, versions, config: as recorded, for the page's last section.
+        steps: of a gradual strategy; empty for one shot.
     """
 
     folder: Path
@@ -86,6 +104,7 @@ class Run:
     validation: Mapping[str, Any] | None
     bits: Mapping[str, Any] | None
     measured_on: str | None
+    steps: tuple[Step, ...] = ()
 
     @property
     def base(self) -> Stage:
@@ -148,6 +167,7 @@ def _run(folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]) ->
         validation=_optional(folder / VALIDATION),
         bits=_allocation(folder / BITS),
         measured_on=elsewhere,
+        steps=tuple(_step(s) for s in metrics.get("steps") or ()),
     )
 
 
@@ -167,6 +187,16 @@ def _budget(entry: Any) -> BudgetResult:
     return BudgetResult(str(entry["cost"]), _number(entry["asked"], "budgets.asked"),
                         _optional_number(entry.get("predicted"), "budgets.predicted"),
                         _optional_number(entry.get("measured"), "budgets.measured"), met)  # fmt: skip
+
+
+def _step(entry: Any) -> Step:
+    entry = _mapping(entry, "steps")
+    costs = {str(n): _mapping(c, f"steps.{n}") for n, c in _mapping(entry["costs"], "steps.costs").items()}
+    numbers = {n: (_number(c["predicted"], f"steps.{n}"), _number(c["base"], f"steps.{n}")) for n, c in costs.items()}
+    shares = {n: predicted / base for n, (predicted, base) in numbers.items() if base}
+    return Step(int(_number(entry["step"], "steps.step")), shares, str(entry["repair"]),
+                _number(entry["accuracy_cut"], "steps.accuracy_cut"),
+                _optional_number(entry.get("accuracy_taught"), "steps.accuracy_taught"))  # fmt: skip
 
 
 def _scores(path: Path) -> Scores | None:

@@ -3,5 +3,17 @@
 from .clock import search_by_clock
 from .job import Job, Shrunk
 from .one_shot import OneShot, first_images
+from .schedules import Geometric, Linear, Schedule
+from .structure_distillation import StructureDistillation
 
-__all__ = ["Job", "OneShot", "Shrunk", "first_images", "search_by_clock"]
+__all__ = [
+    "Geometric",
+    "Job",
+    "Linear",
+    "OneShot",
+    "Schedule",
+    "Shrunk",
+    "StructureDistillation",
+    "first_images",
+    "search_by_clock",
+]

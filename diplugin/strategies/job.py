@@ -73,8 +73,11 @@ class Job:
         if path.exists():
             return PruningPlan.load(path)
         with self.stage("search"):
-            plan = self.search(search)
-            self.folder.write_text(PLAN_FILE, plan.to_json())
+            return self.keep(self.search(search))
+
+    def keep(self, plan: PruningPlan) -> PruningPlan:
+        """The plan, written into the run folder as the one that was carried out."""
+        self.folder.write_text(PLAN_FILE, plan.to_json())
         return plan
 
     def search(self, search: Search) -> PruningPlan:

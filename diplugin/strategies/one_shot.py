@@ -6,7 +6,7 @@ keeps less (see the study under benchmarks/).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,9 +69,14 @@ class OneShot:
         self, trace: NetworkTrace, scores: GroupScores, costs: Sequence[CostModel], budgets: Sequence[Budget]
     ) -> PruningPlan:
         """The plan for these scores."""
-        return greedy_search(
-            trace, FixedScores(trace.prunable, self.losses(trace, scores)), costs, budgets, self.limits
-        )
+        return self.plan(trace, self.losses(trace, scores), costs, budgets)
+
+    def plan(
+        self, trace: NetworkTrace, losses: Mapping[str, Tensor], costs: Sequence[CostModel], budgets: Sequence[Budget],
+        start: PruningPlan | None = None,
+    ) -> PruningPlan:  # fmt: skip
+        """The plan for these losses, from what an earlier plan for the same network has left."""
+        return greedy_search(trace, FixedScores(trace.prunable, losses), costs, budgets, self.limits, start=start)
 
     def shrink(self, job: Job, scores: GroupScores) -> Shrunk:
         """The whole strategy: one plan for all budgets, and the network cut by it."""

@@ -1,0 +1,398 @@
+"""Structure distillation: budgets met, plans that compose, one step that is one shot, and runs that survive a kill."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import diplugin
+from diplugin.costs import macs, params
+from diplugin.discriminant import discriminant_directions, discriminant_information
+from diplugin.errors import BudgetError, DataError, InfeasibleBudget, PlanError, UserError
+from diplugin.measurements import Measure
+from diplugin.network import silence, trace_network
+from diplugin.plan import PruningPlan
+from diplugin.recovery import (
+    Distillation,
+    FeatureDistillation,
+    FineTuning,
+    Recalibrate,
+    Reconstruct,
+    feature_loss,
+    matching,
+    train,
+)
+from diplugin.scoring import score_groups
+from diplugin.search import FixedScores, greedy_search
+from diplugin.strategies import Geometric, Linear, StructureDistillation
+
+MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
+CLASSES, INPUTS = 4, (torch.zeros(1, 1, 8, 8),)
+HALF = diplugin.Budget("macs", fraction=0.4)
+
+
+def bars(images: int, seed: int) -> TensorDataset:
+    """Images with a bright bar at one of four places, in noise."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, CLASSES, (images,), generator=draw)
+    x = 0.5 * torch.randn(images, 1, 8, 8, generator=draw)
+    for i, label in enumerate(labels.tolist()):
+        x[i, 0, 2 * label : 2 * label + 2] += 1.0
+    return TensorDataset(x, labels)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_exported() -> Iterator[None]:
+    """ONNX files are other tests' affair, and take seconds each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Measure, "exported", lambda *_: {"size_mb": 0.1, "latency_ms_measured": None})
+        yield
+
+
+class Net(nn.Module):
+    """A block with a shortcut, and two hidden layers; penultimate features can be pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn0 = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.a, self.bn1 = nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.b, self.bn2 = nn.Conv2d(16, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.c, self.d, self.head = nn.Conv2d(8, 12, 3, stride=2), nn.Linear(12 * 9, 12), nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn0(self.stem(x)).relu()
+        x = (x + self.bn2(self.b(self.bn1(self.a(x)).relu()))).relu()
+        return self.head(self.d(self.c(x).relu().flatten(1)).relu())
+
+
+def make_net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    return train(make_net(), DataLoader(bars(400, 1), 50, shuffle=True), FineTuning(epochs=3, lr=0.05)).eval()
+
+
+@pytest.fixture(scope="module")
+def loader() -> DataLoader[Any]:
+    return DataLoader(bars(300, 1), batch_size=50)
+
+
+def compress(model: nn.Module, loader: Any, **settings: Any) -> diplugin.CompressionResult:
+    quick = {"example_inputs": INPUTS, "budgets": [HALF], "repairs": (Reconstruct(),), "holdout": 0.2}
+    return diplugin.compress(model, loader, **{**quick, **settings})
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "weights.safetensors")
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+# --- schedules ---
+
+
+@pytest.mark.parametrize("schedule", [Linear(1), Linear(5), Geometric(1), Geometric(5)])
+def test_schedules_fall_from_the_unpruned_cost_to_the_budget(schedule: Any) -> None:
+    limits = [100.0, *(schedule.limit(100.0, 30.0, step) for step in range(1, schedule.steps + 1))]
+    assert limits[-1] == 30.0 and limits == sorted(limits, reverse=True) and len(set(limits)) == len(limits)
+    drops = np.diff(limits if isinstance(schedule, Linear) else np.log(limits))
+    assert np.allclose(drops, drops[0])
+    assert schedule.limit(20.0, 30.0, 1) == 30.0, "a budget that holds already asks for nothing"
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True])
+def test_a_schedule_has_steps(steps: Any) -> None:
+    for kind in (Linear, Geometric):
+        with pytest.raises(BudgetError, match="1 step or more"):
+            kind(steps)
+
+
+# --- the teacher's discriminant subspace ---
+
+
+def clouds(images: int = 120, channels: int = 7, classes: int = 4) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    labels = (classes * torch.rand(images, generator=draw).square()).long()
+    centres = torch.randn(classes, channels, generator=draw, dtype=torch.float64)
+    return centres[labels] + torch.randn(images, channels, generator=draw, dtype=torch.float64), labels
+
+
+def test_directions_are_the_leading_eigenvectors() -> None:
+    x, y = clouds()
+    rho = 5.0
+    got = discriminant_directions(x, y, rho, class_weight="balanced").numpy()
+    centred = x.numpy() - x.numpy().mean(0)
+    total, between = centred.T @ centred, np.zeros((7, 7))
+    for k in range(4):
+        mean = centred[y.numpy() == k].mean(0)
+        between += (y.numpy() == k).sum() * np.outer(mean, mean)
+    ridge = rho * np.trace(total) / len(x)
+    values, vectors = np.linalg.eig(np.linalg.solve(total + ridge * np.eye(7), between))
+    order = np.argsort(-values.real)[:3]
+    for mine, theirs in zip(got.T, vectors.real[:, order].T, strict=True):
+        cosine = abs(mine @ theirs) / np.linalg.norm(mine) / np.linalg.norm(theirs)
+        assert cosine == pytest.approx(1.0, abs=1e-9)
+    assert np.allclose((centred @ got).var(0), 1.0), "the teacher's spread is the unit"
+    di = float(discriminant_information(x, y, rho, class_weight="balanced"))
+    assert values.real.sum() / 3 == pytest.approx(di), "the eigenvalues add up to DI"
+
+
+def test_directions_are_those_of_linear_discriminant_analysis() -> None:
+    from sklearn.covariance import EmpiricalCovariance
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    x, y = clouds()
+    rho = 2.0
+    centred = x - x.mean(0)
+    ridge = rho * float(centred.square().sum()) / len(x)
+
+    class Ridged(EmpiricalCovariance):
+        def fit(self, X: Any, y: Any = None) -> Any:
+            super().fit(X)
+            self.covariance_ = self.covariance_ + ridge / len(x) * np.eye(7)
+            return self
+
+    lda = LinearDiscriminantAnalysis(solver="eigen", covariance_estimator=Ridged()).fit(x.numpy(), y.numpy())
+    theirs = lda.scalings_[:, :3]
+    got = discriminant_directions(x, y, rho, class_weight="balanced").numpy()
+    for one, two in zip(got.T, theirs.T, strict=True):
+        assert abs(one @ two) / np.linalg.norm(one) / np.linalg.norm(two) == pytest.approx(1.0, abs=1e-9)
+    assert discriminant_directions(x, y, rho, count=2, class_weight="balanced").shape == (7, 2)
+
+
+def test_features_that_say_nothing_have_no_directions() -> None:
+    with pytest.raises(DataError, match="nothing"):
+        discriminant_directions(torch.zeros(8, 3), torch.arange(8) % 2)
+
+
+def test_the_feature_loss_by_hand() -> None:
+    x, y = clouds()
+    other = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    directions = discriminant_directions(x, y)
+    by_hand = np.mean(((other - x).numpy() @ directions.numpy()) ** 2)
+    assert float(feature_loss(other, x, directions)) == pytest.approx(by_hand)
+    assert float(feature_loss(x.mean(0).expand_as(x), x, directions)) == pytest.approx(1.0)
+    free = torch.linalg.svd(directions.T)[2][-1]  # no direction sees it
+    assert float(feature_loss(x + free, x, directions)) == pytest.approx(0.0, abs=1e-20)
+
+
+@pytest.mark.parametrize("kind", ["plain", "vgg", "residual", "tokens", "transposed"])
+def test_the_match_reads_the_channels_that_both_networks_have(make_net: MakeNet, kind: str) -> None:
+    teacher, inputs = make_net(kind)
+    trace = trace_network(teacher, inputs)
+    cost = macs(trace)
+    x, y = torch.randn(80, 3, 8, 8), torch.arange(80) % 4
+    scores = {g.name: torch.rand(g.channels, dtype=torch.float64) for g in trace.prunable}
+    plan = greedy_search(trace, FixedScores(trace.prunable, scores), [cost], [diplugin.Budget("macs", fraction=0.5)])
+    # A network whose removed channels are silent is the pruned one: features of the channels that stay are equal.
+    silent = copy.deepcopy(teacher)
+    silence(silent, trace.prunable, plan.removed)
+    student = diplugin.apply_plan(copy.deepcopy(teacher), plan, inputs)
+    settings = FeatureDistillation(feature_weight=1.0)
+    for net in (silent, teacher):
+        with matching(student, net, trace, plan, [(x, y)], settings) as loss, torch.no_grad():
+            net(x), student(x)
+            assert (float(loss()) < 1e-8) == (net is silent)
+
+
+def test_the_match_teaches_features(trained: nn.Module, loader: Any) -> None:
+    trace = trace_network(trained, INPUTS)
+    everything = PruningPlan({n: tuple(range(w)) for n, w in trace.base_widths.items()}, trace.base_widths)
+    settings = FeatureDistillation(epochs=10, lr=0.05, feature_weight=5.0)
+    x, distances = next(iter(loader))[0], []
+    for matched in (True, False):
+        student = copy.deepcopy(trained)
+        with torch.no_grad():
+            for p in student.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        with matching(student, trained, trace, everything, loader, settings) as loss:
+            train(student, loader, settings, teacher=trained, extra=loss if matched else None)
+            with torch.no_grad():
+                student.eval()(x), trained(x)
+                distances.append(float(loss()))
+        assert not any(m._forward_pre_hooks for m in (*student.modules(), *trained.modules()))
+    assert distances[0] < 0.8 * distances[1]
+
+
+@pytest.mark.parametrize("wrong", [{"teacher_weight": 0.0}, {"feature_weight": -1.0}, {"rho": 0.0}, {"images": 1}])
+def test_settings_of_the_match(wrong: Any) -> None:
+    with pytest.raises(UserError, match="expected a teacher_weight"):
+        FeatureDistillation(**wrong)
+
+
+# --- plans ---
+
+
+def test_a_plan_since_another_is_then_undone() -> None:
+    channels = {"a": 6, "b": 4}
+    one = PruningPlan({"a": (0, 2, 3, 5), "b": (0, 1, 2, 3)}, channels)
+    two = PruningPlan({"a": (2, 5), "b": (1, 3)}, channels)
+    rest = two.since(one)
+    assert rest.kept == {"a": (1, 3), "b": (1, 3)} and rest.channels == one.widths
+    assert one.then(rest).kept == two.kept
+    assert two.since(two).widths == two.widths
+    with pytest.raises(PlanError, match="keeps all"):
+        one.since(two)
+
+
+def test_a_search_goes_on_from_where_another_ended(trained: nn.Module, loader: Any) -> None:
+    trace = trace_network(trained, INPUTS)
+    costs = [macs(trace), params(trace)]
+    scores = FixedScores(trace.prunable, score_groups(trained, loader, trace.groups).scores)
+    first = greedy_search(trace, scores, costs, [diplugin.Budget("macs", fraction=0.6)])
+    drawn = {g.name: torch.rand(g.channels, dtype=torch.float64) for g in trace.prunable}
+    tighter = [diplugin.Budget("macs", fraction=0.3), diplugin.Budget("params", fraction=0.4)]
+    second = greedy_search(trace, FixedScores(trace.prunable, drawn), costs, tighter, start=first)
+    assert all(set(second.kept[n]) <= set(first.kept[n]) for n in first.kept)
+    assert second.costs["macs"].base == costs[0].base and second.costs["macs"].fraction <= 0.3
+    assert second.costs["params"].predicted == costs[1].cost(second.widths) <= 0.4 * costs[1].base
+    losses = [point.loss for point in second.path]
+    assert losses[: len(first.path)] == [p.loss for p in first.path], "what was given up before is not forgotten"
+    again = greedy_search(trace, scores, costs, [diplugin.Budget("macs", fraction=0.6)], start=first)
+    assert again.kept == first.kept
+
+
+# --- the strategy ---
+
+
+STEPS = StructureDistillation(Geometric(3), lesson=FeatureDistillation(epochs=2, lr=0.01))
+
+
+@pytest.fixture(scope="module")
+def whole(trained: nn.Module, loader: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, list[str]]:
+    """A run that nobody killed."""
+    out, lines = tmp_path_factory.mktemp("whole") / "run", []
+    result = compress(trained, loader, strategy=STEPS, recovery=Distillation(epochs=1), out=out, tell=lines.append)
+    return result, out, lines
+
+
+def test_budgets_are_met_step_by_step(whole: Any, trained: nn.Module) -> None:
+    result, out, lines = whole
+    assert result.metrics["budgets"][0]["met"]
+    counted = macs(trace_network(result.model, INPUTS, verify=False)).base
+    assert counted == result.plan.costs["macs"].predicted <= 0.4 * result.metrics["base"]["macs"]
+    rows = result.metrics["steps"]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row, limit in zip(rows, (0.4 ** (1 / 3), 0.4 ** (2 / 3), 0.4), strict=True):
+        share = row["costs"]["macs"]["predicted"] / row["costs"]["macs"]["base"]
+        assert limit - 0.15 < share <= limit
+    assert all(row["accuracy_taught"] is not None for row in rows[:-1]) and rows[-1]["accuracy_taught"] is None
+    assert sum("holdout accuracy" in line for line in lines) == 5
+    assert sum("macs" in line and "params" in line for line in lines) == 3
+    assert not (out / "stages").exists()
+
+
+def test_the_final_plan_and_weights_are_the_network_in_hand(whole: Any) -> None:
+    result, out, _ = whole
+    rebuilt = diplugin.load_pruned(make_net(), out).eval()
+    x = torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(rebuilt(x), result.model(x))
+    assert PruningPlan.load(out / "plan.json") == result.plan
+    assert result.plan.channels == trace_network(make_net(), INPUTS).base_widths
+
+
+def test_without_lessons_the_weights_are_the_unpruned_ones(trained: nn.Module, loader: Any) -> None:
+    """Recalibration touches no weight, so after three cuts each one still sits where the final plan says."""
+    result = compress(trained, loader, repairs=(Recalibrate(),), strategy=StructureDistillation(Linear(3), lesson=None))
+    direct = diplugin.apply_plan(copy.deepcopy(trained), result.plan, INPUTS)
+    assert all(torch.equal(a, b) for a, b in zip(direct.parameters(), result.model.parameters(), strict=True))
+    kept = [row["costs"]["macs"]["predicted"] for row in result.metrics["steps"]]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 3
+
+
+class Killed(BaseException):
+    """Stands for a signal."""
+
+
+STAGES = ["step 1 of 3: macs", "step 1 of 3: holdout accuracy", "step 1, epoch 1 of 2", "step 1, epoch 2 of 2",
+          "after the lesson", "step 2 of 3: macs", "step 2, epoch 1 of 2", "step 3 of 3: macs",
+          "step 3 of 3: holdout accuracy", "pruned: ", "epoch 1 of 1", "recovered: "]  # fmt: skip
+
+
+def test_a_run_killed_again_and_again_ends_like_one_that_was_not(
+    whole: Any, trained: nn.Module, loader: Any, tmp_path: Path
+) -> None:
+    """Killed once at every stage boundary in turn, resumed each time, in one folder."""
+    settings: dict[str, Any] = {"strategy": STEPS, "recovery": Distillation(epochs=1), "out": tmp_path / "run"}
+    for number, stage in enumerate(STAGES):
+        torch.manual_seed(number)
+
+        def kill(line: str, stage: str = stage) -> None:
+            if stage in line:
+                raise Killed
+
+        with pytest.raises(Killed):
+            compress(trained, loader, **settings, resume=number > 0, tell=kill)
+    lines: list[str] = []
+    result = compress(trained, loader, **settings, resume=True, tell=lines.append)
+    assert not any(line.startswith(("step", "epoch")) for line in lines), "nothing is done twice"
+    reference, out, _ = whole
+    assert result.plan == reference.plan
+    assert same(weights(tmp_path / "run"), weights(out))
+    assert result.metrics["steps"] == reference.metrics["steps"]
+
+
+def test_a_resumed_run_is_held_to_its_strategy(whole: Any, trained: nn.Module, loader: Any) -> None:
+    _, out, _ = whole
+    other = StructureDistillation(Geometric(2), STEPS.lesson)
+    with pytest.raises(PlanError, match="'strategy' was"):
+        compress(trained, loader, strategy=other, recovery=Distillation(epochs=1), out=out, resume=True)
+
+
+def test_one_step_is_one_shot(trained: nn.Module, loader: Any) -> None:
+    once = compress(trained, loader)
+    one_step = compress(trained, loader, strategy=StructureDistillation(Geometric(1)))
+    assert once.plan == one_step.plan
+    assert same(dict(once.model.state_dict()), dict(one_step.model.state_dict()))
+    assert "steps" not in once.metrics and len(one_step.metrics["steps"]) == 1
+
+
+@pytest.mark.parametrize("rescore", [False, True])
+def test_several_budgets_at_once(trained: nn.Module, loader: Any, rescore: bool) -> None:
+    budgets = [diplugin.Budget("macs", fraction=0.6), diplugin.Budget("params", limit=800.0),
+               diplugin.Budget("memory_mb", fraction=1.0)]  # fmt: skip
+    strategy = StructureDistillation(Linear(2), FineTuning(epochs=1, lr=0.01), rescore=rescore)
+    result = compress(trained, loader, budgets=budgets, strategy=strategy)
+    assert all(budget["met"] for budget in result.metrics["budgets"])
+
+
+def test_an_infeasible_budget_is_found_out_before_the_first_step(
+    trained: nn.Module, loader: Any, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    with pytest.raises(InfeasibleBudget, match="cheapest"):
+        compress(trained, loader, budgets=[diplugin.Budget("macs", fraction=1e-4)], strategy=STEPS,
+                 out=tmp_path / "run", tell=lines.append)  # fmt: skip
+    assert not any(line.startswith("step") for line in lines) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"schedule": 3}, {"schedule": Linear(2), "lesson": 1}])
+def test_settings_of_another_kind(wrong: Any) -> None:
+    with pytest.raises(UserError, match="expected a schedule") as caught:
+        StructureDistillation(**wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_strategy_of_another_kind(trained: nn.Module, loader: Any) -> None:
+    with pytest.raises(UserError, match="StructureDistillation"):
+        compress(trained, loader, strategy="structure-distillation")
+
+
+def test_latency_budgets_need_a_table(trained: nn.Module, loader: Any) -> None:
+    with pytest.raises(BudgetError, match="latency table"):
+        compress(trained, loader, budgets=[diplugin.Budget("latency_ms", limit=1.0)], strategy=STEPS)
