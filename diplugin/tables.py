@@ -246,6 +246,12 @@ class LatencyTable:
         return "uncalibrated" if self.calibration is None else self.calibration.text
 
     @cached_property
+    def dtype(self) -> str:
+        """The number type that the table predicts: "float32" where it holds float entries, else that of the others."""
+        found = {entry.key.dtype for entry in self.entries}
+        return "float32" if "float32" in found else min(found, default="float32")
+
+    @cached_property
     def by_key(self) -> Mapping[OpKey, Entry]:
         return {entry.key: entry for entry in self.entries}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,3 +129,62 @@ def test_a_model_that_does_not_export_is_one_line(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ModelError, match="exports to ONNX, got first line") as error:
         export_bytes(nn.Identity(), (torch.zeros(1),), ["x"])
     assert "\n" not in str(error.value)
+
+
+def kinds(graph: tuple[bytes, list[list[Any]]], tmp_path: Path) -> list[str]:
+    """Operators that ONNX Runtime makes of a graph."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(graph[0], options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+
+
+@pytest.mark.parametrize(
+    ("key", "fused"),
+    [
+        (conv(16, 32, activation="relu", dtype="int8"), "QLinearConv"),
+        (conv(16, 16, 16, "relu6", dtype="int8"), "QLinearConv"),
+        (conv(16, 32, dtype="int8"), "QLinearConv"),
+        (OpKey("linear", 64, 32, dtype="int8"), "QGemm"),
+        (OpKey("linear", 64, 32, size=(7,), dtype="int8"), "QLinearMatMul"),
+    ],
+)
+def test_an_int8_operator_is_one_8_bit_kernel(key: OpKey, fused: str, tmp_path: Path) -> None:
+    found = kinds(operator_graph(key), tmp_path)
+    assert fused in found and not {"Conv", "FusedConv", "Gemm", "MatMul", "DequantizeLinear"} & set(found)
+
+
+def test_int8_edges_are_what_surrounds_a_convolution(tmp_path: Path) -> None:
+    one, two = (kinds(edge_graph(8, (4, 4), 1, repeats, "int8"), tmp_path) for repeats in (1, 2))
+    assert one.count("QLinearConv") == 1 and two.count("QLinearConv") == 2
+    assert [k for k in one if k != "QLinearConv"] == [k for k in two if k != "QLinearConv"]
+    assert run(edge_graph(8, (4, 4), 1, 2, "int8")).dtype == np.uint8
+
+
+class Residual(nn.Module):
+    """A shortcut, a concatenation, a branch of equal weights, and an activation that has no 8-bit kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.norm, self.twin = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+        self.join, self.head = nn.Conv2d(32, 16, 1), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.relu6(self.norm(self.one(x)))
+        y = torch.relu(x + self.twin(self.two(x)))
+        y = nn.functional.hardswish(self.join(torch.cat([x, y], 1)))
+        return self.head(nn.functional.max_pool2d(y, 2).mean((2, 3)))
+
+
+def test_an_int8_net_is_8_bit_throughout_and_small(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    graph = net_graph(Residual().eval(), (torch.zeros(2, 3, 8, 8),), dtype="int8")
+    found = kinds(graph, tmp_path)
+    assert found.count("QLinearConv") == 3 and "QLinearAdd" in found and "QLinearConcat" in found and "QGemm" in found
+    assert not {"Conv", "FusedConv", "Gemm", "Clip", "Relu"} & set(found)
+    output = run(graph)
+    assert output.shape == (2, 10) and output.dtype == np.float32 and np.isfinite(output).all()
+    wide = net_graph(nn.Sequential(nn.Conv2d(512, 512, 3)).eval(), (torch.zeros(1, 512, 4, 4),), dtype="int8")
+    assert len(wide[0]) < 20_000

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from diplugin.cli import main
 from diplugin.costs.latency import LatencyCost, timed_layers
-from diplugin.errors import TableError, UncalibratedLatencyWarning
+from diplugin.errors import TableError
 from diplugin.latency import device, finish, load_bundle
 from diplugin.latency.finish import table_from_rows
 from diplugin.latency.plan import (
@@ -201,20 +202,43 @@ def test_no_threads_is_refused() -> None:
         runtime_setting(0)
 
 
-def test_int8_entries_are_planned_run_and_looked_up_apart(tmp_path: Path) -> None:
+def test_int8_is_planned_with_its_nets_run_and_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = plain()
     trace = trace_network(model, INPUTS)
     plan = make_plan(
-        model, INPUTS, trace, name="p", setting=runtime_setting(), alignment=Alignment(8, 8), nets=0, protocol=QUICK,
+        model, INPUTS, trace, name="p", setting=runtime_setting(), alignment=Alignment(4, 4), nets=12, protocol=QUICK,
         dtype="int8",
     )  # fmt: skip
     assert {key.dtype for key in keys(plan)} == {"int8"}
-    rows = device.profile(plan, str(tmp_path / "j")).rows
-    table = table_from_rows(plan.plan, rows, {})
-    with pytest.warns(UncalibratedLatencyWarning):
-        assert LatencyCost(trace, table, dtype="int8").base > 0
+    assert {job.detail["dtype"] for job in plan.jobs if job.kind == "edge"} == {"int8"}
+    assert {key[-2] for job in plan.jobs if job.kind == "net" for key in job.detail["keys"]} == {"int8"}
+    rows = {i: {**row, "sentinel_ms": 1.0} for i, row in device.profile(plan, str(tmp_path / "j")).rows.items()}
+    # Times this short scatter; what nets take is made up from their sums.
+    raw = table_from_rows(plan.plan, rows, {})
+    nets = {job.id: job.detail["name"] for job in plan.jobs if job.kind == "net"}
+    sums = {net.name: net.sum_ms for net in raw.nets}
+    steady = {i: {**row, "cpu_ms": 1.2 * sums[nets[i]] + 0.1} if i in nets else row for i, row in rows.items()}
+    table = table_from_rows(plan.plan, steady, {})
+    assert table.dtype == "int8" and table.calibration is not None
+    assert table.calibration.scale == pytest.approx(1.2, rel=1e-2) and table.calibration.mape < 1e-3
+    cost = LatencyCost(trace, LatencyTable.load(table.save(tmp_path / "t.json")))
+    assert cost.base == pytest.approx(1.2 * sums["unpruned"] + 0.1, rel=1e-2)
+    assert "int8" in cost.text and "held-out error" in cost.text
+    assert main(["tables", "show", str(tmp_path / "t.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "int8 operators" in shown and "held-out error" in shown
     with pytest.raises(TableError, match="float32"):
-        LatencyCost(trace, table)
+        LatencyCost(trace, table, dtype="float32")
+
+
+def test_edges_of_plans_made_before_int8_are_float(tmp_path: Path) -> None:
+    model = plain()
+    plan = plan_of(model, trace_network(model, INPUTS))
+    rows = device.profile(plan, str(tmp_path / "j")).rows
+    document = json.loads(json.dumps(plan.plan))
+    for job in document["jobs"]:
+        job["detail"].pop("dtype", None)
+    assert table_from_rows(document, rows, {}).entries == table_from_rows(plan.plan, rows, {}).entries
 
 
 def test_a_bundle_run_on_an_emulator_guides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,11 @@ def test_an_operators_module_has_the_keys_shapes(key: OpKey) -> None:
         assert output.shape == (1, key.cout, *key.output_size)
 
 
+def test_torch_runs_no_8_bit_operators() -> None:
+    with pytest.raises(ModelError, match="ONNX Runtime"):
+        TorchRuntime(torch_setting("cpu", 1)).operator(OpKey("linear", 6, 5, dtype="int8"))
+
+
 def test_an_unknown_activation_and_an_unknown_place() -> None:
     with pytest.raises(ModelError, match="mish"):
         operator_module(OpKey("linear", 2, 2, activation="mish"))

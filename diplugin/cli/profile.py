@@ -32,6 +32,7 @@ def _add_here(steps: Any) -> None:
     add_model(parser)
     _add_grid(parser)
     parser.add_argument("--runtime", choices=("onnxruntime", "torch", "torch-cuda"), default="onnxruntime")
+    parser.add_argument("--dtype", choices=("float32", "int8"), default="float32")
     parser.add_argument("--seconds", type=positive, default=120, metavar="S", help="spend about this long (120)")
     parser.add_argument("--journal", type=Path, metavar="FILE", help="keep the journal, and go on with it")
     parser.add_argument("--out", type=Path, required=True, metavar="TABLE.json")
@@ -92,7 +93,7 @@ def run_here(args: argparse.Namespace) -> int:
         runtime = TorchRuntime(torch_setting("cuda" if args.runtime == "torch-cuda" else "cpu", args.threads))
     table = profile_here(
         model, inputs, runtime=runtime, name=args.name or args.out.stem, threads=args.threads, budget_s=args.seconds,
-        points=args.points, nets=args.nets, journal=args.journal, out=args.out,
+        points=args.points, nets=args.nets, dtype=args.dtype, journal=args.journal, out=args.out,
         progress=device.progress_line(sys.stderr),
     )  # fmt: skip
     return _tell(table, args.out)
@@ -149,7 +150,8 @@ def run_finish(args: argparse.Namespace) -> int:
 
 
 def _tell(table: Any, path: Path) -> int:
-    print(f"{path}: {len(table.entries)} operators on {table.device}, {table.setting.text}; {table.quality}")
+    what = f"{len(table.entries)} {table.dtype} operators on {table.device}"
+    print(f"{path}: {what}, {table.setting.text}; {table.quality}")
     from ..latency.quality import findings
 
     for finding in findings(table):

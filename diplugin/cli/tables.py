@@ -53,7 +53,8 @@ def run_list(args: argparse.Namespace) -> int:
 
     for name in shipped_tables():
         table = LatencyTable.load(name)
-        print(f"{name}: {len(table.entries)} operators, {table.origin}, {table.device}, {table.setting.text}")
+        what = f"{len(table.entries)} {table.dtype} operators, {table.origin}"
+        print(f"{name}: {what}, {table.device}, {table.setting.text}")
     return 0
 
 
@@ -66,7 +67,7 @@ def run_show(args: argparse.Namespace) -> int:
     print(f"{table.setting.text}; steps of {table.alignment.step}, plateaus of {table.alignment.plateau} channels; "
           f"{table.overhead_ms * 1e3:.1f} µs a call; {table.quality}")  # fmt: skip
     families = staircases(table)
-    print(f"{len(table.entries)} operators in {len(families)} families, {len(table.nets)} whole nets")
+    print(f"{len(table.entries)} {table.dtype} operators in {len(families)} families, {len(table.nets)} whole nets")
     for _, keys in families[: args.rows]:
         times = [table.by_key[key].latency_ms for key in keys]
         print(f"  {len(keys):5d} x {keys[-1].text}: {min(times):.4g} to {max(times):.4g} ms")

@@ -54,15 +54,16 @@ class LatencyCost(SeparableCost):
     Args:
         trace: of the unpruned network, traced at the batch that will run.
         table: covers the network's layers at the widths that will be asked for.
+        dtype: "float32" or "int8"; by default what the table is of.
 
     Raises:
         TableError: the table lacks an entry for the unpruned network, or was timed on an emulator.
     """
 
-    def __init__(self, trace: NetworkTrace, table: LatencyTable, dtype: str = "float32") -> None:
+    def __init__(self, trace: NetworkTrace, table: LatencyTable, dtype: str | None = None) -> None:
         table.check_guides()
-        self.table, self._trace = table, trace
-        self._layers = timed_layers(trace, dtype)
+        self.table, self._trace, self.dtype = table, trace, dtype or table.dtype
+        self._layers = timed_layers(trace, self.dtype)
         self._warned = False
         missing = table.missing(layer.key(trace.base_widths) for layer in self._layers)
         if missing:
@@ -98,7 +99,8 @@ class LatencyCost(SeparableCost):
     @property
     def text(self) -> str:
         """Where predictions come from and how far they can be trusted, in one line."""
-        return f"{self.table.origin} on {self.table.device}, {self.table.setting.text}; {self.table.quality}"
+        kind = f"{self.dtype} " if self.dtype != "float32" else ""
+        return f"{kind}{self.table.origin} on {self.table.device}, {self.table.setting.text}; {self.table.quality}"
 
     def sum_ms(self, widths: Widths) -> float:
         """The plain sum of entries, before calibration."""
@@ -141,7 +143,7 @@ class LatencyCost(SeparableCost):
 
 def table_covers(trace: NetworkTrace, table: LatencyTable) -> bool:
     """Whether a table can predict the unpruned network."""
-    return not table.missing(layer.key(trace.base_widths) for layer in timed_layers(trace))
+    return not table.missing(layer.key(trace.base_widths) for layer in timed_layers(trace, table.dtype))
 
 
 __all__ = ["LatencyCost", "LayerSides", "TableError", "op_key", "table_covers", "timed_layers"]

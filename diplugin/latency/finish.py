@@ -18,6 +18,7 @@ from .calibration import MIN_NETS, calibrate, measured_alignment
 
 MIN_SHARE = 0.2
 Row = Mapping[str, Any]
+Edge = tuple[int, tuple[int, ...], int, str]
 
 
 def finish(plan: Mapping[str, Any], journal: str | Path, *, name: str = "", device_name: str = "") -> LatencyTable:
@@ -116,17 +117,17 @@ def table_from_rows(
     )  # fmt: skip
 
 
-def _edges(times: _Times, overhead: float) -> dict[tuple[int, tuple[int, ...], int], float]:
-    """Reordering cost of a tensor at a graph's edges, in and out together: one pooling, less one more pooling."""
-    found: dict[tuple[int, tuple[int, ...], int], dict[int, float]] = {}
+def _edges(times: _Times, overhead: float) -> dict[Edge, float]:
+    """Reordering cost of a tensor at a graph's edges, in and out together: one operator, less one more of them."""
+    found: dict[Edge, dict[int, float]] = {}
     for detail, _, ms in times.of("edge"):
-        key = (detail["channels"], tuple(detail["size"]), detail["batch"])
+        key = (detail["channels"], tuple(detail["size"]), detail["batch"], detail.get("dtype", "float32"))
         found.setdefault(key, {})[detail["repeats"]] = ms
     return {key: max(0.0, ms[1] - (ms[2] - ms[1]) - overhead) for key, ms in found.items() if len(ms) == 2}
 
 
-def _edge_ms(edges: Mapping[tuple[int, tuple[int, ...], int], float], key: OpKey) -> float:
-    sides = ((key.cin, key.size, key.batch), (key.cout, key.output_size, key.batch))
+def _edge_ms(edges: Mapping[Edge, float], key: OpKey) -> float:
+    sides = ((key.cin, key.size, key.batch, key.dtype), (key.cout, key.output_size, key.batch, key.dtype))
     return sum(edges.get(side, 0.0) for side in sides) / 2
 
 

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from ..errors import ModelError
 from ..tables import OpKey
+from .int8 import quantize_graph
 
 OPSET, IR = 17, 8
-INT8_SCALE = 0.02
 
 
 def operator_graph(key: OpKey, *, dense: bool = False) -> tuple[bytes, list[list[Any]]]:
@@ -29,34 +29,38 @@ def operator_graph(key: OpKey, *, dense: bool = False) -> tuple[bytes, list[list
     Raises:
         ModelError: an activation that is not known here.
     """
-    builder = _Builder(dense)
-    quantized = key.dtype == "int8"
-    shape = _input_shape(key)
-    x = builder.dequantize("x") if quantized else "x"
-    y = builder.weighted(key, x, quantized)
-    y = builder.activation(key.activation, y)
-    if quantized:
-        y = builder.quantize(y)
-    kind = "uint8" if quantized else "float32"
-    return builder.finish(shape, y, kind), [["x", list(shape), kind]]
+    builder, shape = _Builder(dense), _input_shape(key)
+    y = builder.activation(key.activation, builder.weighted(key, "x"))
+    return builder.finish(shape, y, key.dtype), [["x", list(shape), _edge_type(key.dtype)]]
 
 
-def edge_graph(channels: int, size: tuple[int, ...], batch: int, repeats: int) -> tuple[bytes, list[list[Any]]]:
-    """`repeats` poolings that change nothing: one against two tells what a graph pays for this tensor at its edges.
+def _edge_type(dtype: str) -> str:
+    return "uint8" if dtype == "int8" else "float32"
 
-    Runtimes that compute in a blocked layout reorder tensors there, which a layer inside a net does not pay.
+
+def edge_graph(
+    channels: int, size: tuple[int, ...], batch: int, repeats: int, dtype: str = "float32"
+) -> tuple[bytes, list[list[Any]]]:
+    """`repeats` operators that do next to nothing: one against two tells what this tensor costs at a graph's edges.
+
+    Runtimes that compute in a blocked layout, or with the channels last, reorder tensors there, which a layer inside a
+    net does not pay. In float the operator is a pooling of single pixels, in 8 bits a depthwise 1x1 convolution, since
+    it is convolutions that are reordered for.
     """
     builder, name = _Builder(False), "x"
+    ones = (1,) * len(size)
+    key = OpKey("conv", channels, channels, ones, ones, (0,) * len(size), ones, channels, size, "", batch)
     for _ in range(repeats):
-        name = builder.node("MaxPool", [name], kernel_shape=[1] * len(size))
+        quantized = dtype == "int8"
+        name = builder.weighted(key, name) if quantized else builder.node("MaxPool", [name], kernel_shape=list(ones))
     shape = (batch, channels, *size)
-    return builder.finish(shape, name, "float32"), [["x", list(shape), "float32"]]
+    return builder.finish(shape, name, dtype), [["x", list(shape), _edge_type(dtype)]]
 
 
 def call_graph() -> tuple[bytes, list[list[Any]]]:
     """A graph that does nothing: the cost of one call."""
     builder = _Builder(False)
-    return builder.finish((1, 4), builder.node("Identity", ["x"]), "float32"), [["x", [1, 4], "float32"]]
+    return builder.finish((1, 4), builder.node("Identity", ["x"])), [["x", [1, 4], "float32"]]
 
 
 def _input_shape(key: OpKey) -> tuple[int, ...]:
@@ -77,9 +81,9 @@ class Graphs(Protocol):
 
     def operator(self, key: OpKey) -> Graph: ...
 
-    def edge(self, channels: int, size: tuple[int, ...], batch: int, repeats: int) -> Graph: ...
+    def edge(self, channels: int, size: tuple[int, ...], batch: int, repeats: int, dtype: str = "float32") -> Graph: ...
 
-    def net(self, model: Any, example_inputs: tuple[Any, ...], name: str) -> Graph: ...
+    def net(self, model: Any, example_inputs: tuple[Any, ...], name: str, dtype: str = "float32") -> Graph: ...
 
 
 class OnnxGraphs:
@@ -94,11 +98,11 @@ class OnnxGraphs:
     def operator(self, key: OpKey) -> Graph:
         return operator_graph(key, dense=self.dense)
 
-    def edge(self, channels: int, size: tuple[int, ...], batch: int, repeats: int) -> Graph:
-        return edge_graph(channels, size, batch, repeats)
+    def edge(self, channels: int, size: tuple[int, ...], batch: int, repeats: int, dtype: str = "float32") -> Graph:
+        return edge_graph(channels, size, batch, repeats, dtype)
 
-    def net(self, model: Any, example_inputs: tuple[Any, ...], name: str) -> Graph:
-        return net_graph(model, example_inputs, dense=self.dense)
+    def net(self, model: Any, example_inputs: tuple[Any, ...], name: str, dtype: str = "float32") -> Graph:
+        return net_graph(model, example_inputs, dense=self.dense, dtype=dtype)
 
 
 class _Builder:
@@ -124,17 +128,16 @@ class _Builder:
         self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def filled(self, shape: tuple[int, ...], value: float, dtype: str = "float32") -> str:
+    def filled(self, shape: tuple[int, ...], value: float) -> str:
         import numpy as np
-        from onnx import helper
+        from onnx import TensorProto, helper
 
         if self.dense:
-            return self.constant(np.full(shape, value, dtype))
-        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-        fill = helper.make_tensor("value", kind, [1], [int(value) if dtype == "int8" else value])
+            return self.constant(np.full(shape, value, np.float32))
+        fill = helper.make_tensor("value", TensorProto.FLOAT, [1], [value])
         return self.node("ConstantOfShape", [self.constant(np.array(shape, np.int64))], value=fill)
 
-    def weighted(self, key: OpKey, x: str, quantized: bool) -> str:
+    def weighted(self, key: OpKey, x: str) -> str:
         import numpy as np
 
         if key.op == "linear":
@@ -143,8 +146,7 @@ class _Builder:
             shape, fan_in = (key.cout, key.cin // key.groups, *key.kernel), key.cin // key.groups * prod(key.kernel)
         else:
             shape, fan_in = (key.cin, key.cout // key.groups, *key.kernel), key.cin // key.groups * prod(key.kernel)
-        weight = self._quantized_weight(shape) if quantized else self.filled(shape, 1 / fan_in)
-        bias = self._quantized_bias(key.cout) if quantized else self.constant(np.zeros(key.cout, np.float32))
+        weight, bias = self.filled(shape, 1 / fan_in), self.constant(np.zeros(key.cout, np.float32))
         if key.op == "linear":
             if key.size == (1,):
                 return self.node("Gemm", [x, weight, bias])
@@ -154,33 +156,6 @@ class _Builder:
             strides=list(key.stride), pads=[*key.padding, *key.padding], dilations=list(key.dilation),
             group=key.groups,
         )  # fmt: skip
-
-    def _quantized_weight(self, shape: tuple[int, ...]) -> str:
-        import numpy as np
-
-        weight = self.constant(np.full(shape, 3, np.int8))
-        return self.node("DequantizeLinear", [weight, self._scale(), self.constant(np.int8(0))])
-
-    def _quantized_bias(self, channels: int) -> str:
-        import numpy as np
-
-        bias, scale = self.constant(np.zeros(channels, np.int32)), self.constant(np.float32(INT8_SCALE**2))
-        return self.node("DequantizeLinear", [bias, scale, self.constant(np.int32(0))])
-
-    def _scale(self) -> str:
-        import numpy as np
-
-        return self.constant(np.float32(INT8_SCALE))
-
-    def dequantize(self, x: str) -> str:
-        import numpy as np
-
-        return self.node("DequantizeLinear", [x, self._scale(), self.constant(np.uint8(0))])
-
-    def quantize(self, x: str) -> str:
-        import numpy as np
-
-        return self.node("QuantizeLinear", [x, self._scale(), self.constant(np.uint8(0))])
 
     def activation(self, name: str, x: str) -> str:
         import numpy as np
@@ -204,21 +179,23 @@ class _Builder:
             return self.node("Mul", [self.node("Mul", [x, inner]), self.constant(np.float32(0.5))])
         raise ModelError(f"expected a known activation behind a layer, got {name!r}: profile without it")
 
-    def finish(self, shape: tuple[int, ...], output: str, dtype: str) -> bytes:
-        import numpy as np
-        from onnx import helper
+    def finish(self, shape: tuple[int, ...], output: str, dtype: str = "float32") -> bytes:
+        from onnx import TensorProto, helper
 
-        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         graph = helper.make_graph(
-            self.nodes, "g", [helper.make_tensor_value_info("x", kind, list(shape))],
-            [helper.make_tensor_value_info(output, kind, None)], self.initializers,
+            self.nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))],
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)], self.initializers,
         )  # fmt: skip
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR)
+        if dtype == "int8":
+            quantize_graph(model, edges=True, dense=self.dense)
         return model.SerializeToString()
 
 
-def net_graph(model: Any, example_inputs: tuple[Any, ...], *, dense: bool = False) -> tuple[bytes, list[list[Any]]]:
-    """A whole net as ONNX with its weights taken out, and the inputs to feed.
+def net_graph(
+    model: Any, example_inputs: tuple[Any, ...], *, dense: bool = False, dtype: str = "float32"
+) -> tuple[bytes, list[list[Any]]]:
+    """A whole net as ONNX with its weights taken out, in float or in 8 bits, and the inputs to feed.
 
     Raises:
         ModelError: the model cannot be exported.
@@ -227,7 +204,9 @@ def net_graph(model: Any, example_inputs: tuple[Any, ...], *, dense: bool = Fals
 
     names = [f"input_{i}" for i in range(len(example_inputs))]
     proto = onnx.load_from_string(export_bytes(model, example_inputs, names))
-    if not dense:
+    if dtype == "int8":
+        quantize_graph(proto, edges=False, dense=dense)
+    elif not dense:
         hollow(proto)
     feeds = [[name, list(x.shape), str(x.dtype).removeprefix("torch.")]
              for name, x in zip(names, example_inputs, strict=True)]  # fmt: skip

@@ -42,13 +42,14 @@ WHOLE_NET = Protocol(rounds=30, round_ms=60.0, gap_ms=20.0, pause_s=0.5, pauses=
 
 @dataclass(frozen=True)
 class Subject:
-    """What is profiled, and under what: `runtime` is None for ONNX Runtime."""
+    """What is profiled, in which number type, and under what: `runtime` is None for ONNX Runtime."""
 
     model: Any
     example_inputs: tuple[Any, ...]
     trace: NetworkTrace
     setting: Setting
     runtime: TorchRuntime | None = None
+    dtype: str = "float32"
 
     @property
     def graphs(self) -> Graphs:
@@ -62,8 +63,8 @@ _BEST: dict[Setting, tuple[float, ...]] = {}
 def profile_here(
     model: Any, example_inputs: tuple[Any, ...], *, trace: NetworkTrace | None = None, name: str = "this-machine",
     threads: int = 1, budget_s: float = 120.0, points: int = 8, nets: int = 12, seed: int = 0,
-    protocol: Protocol | None = None, runtime: TorchRuntime | None = None, journal: str | Path | None = None,
-    out: str | Path | None = None, progress: Progress | None = None,
+    protocol: Protocol | None = None, runtime: TorchRuntime | None = None, dtype: str = "float32",
+    journal: str | Path | None = None, out: str | Path | None = None, progress: Progress | None = None,
 ) -> LatencyTable:  # fmt: skip
     """Measure every operator that a search on this model can ask for, on this machine, in ONNX Runtime.
 
@@ -77,6 +78,7 @@ def profile_here(
         nets: randomly pruned nets to time end to end for the calibration, at least 10.
         protocol: rounds and runs; by default the thorough one if it fits the budget, else a quicker one.
         runtime: torch instead of ONNX Runtime, on a CPU or a CUDA GPU; `threads` is then its own.
+        dtype: "float32", or "int8" for the network's quantized form (ONNX Runtime alone).
         journal: keep the journal here with its bundle, and go on with both if they are there.
         out: also write the table here.
         progress: called with (jobs done, jobs in all).
@@ -87,7 +89,7 @@ def profile_here(
     """
     trace = trace or trace_network(model, example_inputs)
     setting = runtime.setting if runtime is not None else runtime_setting(threads)
-    subject = Subject(model, example_inputs, trace, setting, runtime)
+    subject = Subject(model, example_inputs, trace, setting, runtime, dtype)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(journal) if journal is not None else Path(folder) / "journal.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,8 +129,8 @@ def run_bundle(bundle: Any, journal: Path, progress: Progress | None = None, run
 def probe(subject: Subject) -> tuple[Alignment, float]:
     """The machine's alignment and the unpruned net's time in ms, in about two seconds."""
     plan = ProfilePlan("probe", subject.setting, QUICK, subject.graphs)
-    plan_probes(plan, subject.trace)
-    net = plan.graphs.net(subject.model, subject.example_inputs, "unpruned")
+    plan_probes(plan, subject.trace, subject.dtype)
+    net = plan.graphs.net(subject.model, subject.example_inputs, "unpruned", subject.dtype)
     plan.add("net", net, {"name": "unpruned", "keys": []})
     with tempfile.TemporaryDirectory() as folder:
         rows = run_bundle(plan, Path(folder) / "probe.jsonl", runtime=subject.runtime).rows
@@ -147,12 +149,12 @@ def fitting_plan(
     plan = ProfilePlan(name, subject.setting)
     for count, chosen in choices:
         plan = make_plan(model, inputs, trace, name=name, setting=subject.setting, alignment=alignment, points=count,
-                         nets=0, protocol=chosen, probes=False, graphs=subject.graphs)  # fmt: skip
+                         nets=0, protocol=chosen, probes=False, graphs=subject.graphs, dtype=subject.dtype)  # fmt: skip
         plan.alignment = alignment
         plan.estimated_s = estimate_seconds(plan, trace, net_ms) + nets * chosen.rounds * chosen.runs * net_ms / 1e3
         if plan.estimated_s <= budget_s:
             break
-    plan_nets(plan, model, inputs, trace, nets, seed)
+    plan_nets(plan, model, inputs, trace, nets, seed, subject.dtype)
     return plan
 
 
@@ -239,10 +241,11 @@ def _numpy_type(name: str) -> str:
 
 
 def is_this_machine(table: LatencyTable) -> bool:
-    """Whether a table was measured on a machine like this one, with the runtime that is installed here."""
+    """Whether a table is of float networks on a machine like this one, with the runtime that is installed here."""
     try:
         import onnxruntime
     except ImportError:
         return False
     here = table.provenance.get("device") == device.device_model() or table.device == device.device_model()[:160]
+    here = here and table.dtype == "float32"
     return here and table.setting.runtime == "onnxruntime" and table.setting.version == onnxruntime.__version__

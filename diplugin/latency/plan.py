@@ -13,7 +13,7 @@ import os
 import random
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -243,18 +243,19 @@ def add_entries(plan: ProfilePlan, keys: Iterable[OpKey], kind: str = "entry") -
     if not plan.graphs.edges:
         return
     for key in keys:
-        if key.op != "linear" and key.dtype == "float32":
-            for channels, size in ((key.cin, key.size), (key.cout, key.output_size)):
-                add_edge(plan, channels, size, key.batch)
+        if key.op != "linear":
+            add_edge(plan, key.cin, key.size, key.batch, key.dtype)
+            add_edge(plan, key.cout, key.output_size, key.batch, key.dtype)
 
 
-def add_edge(plan: ProfilePlan, channels: int, size: tuple[int, ...], batch: int) -> None:
+def add_edge(plan: ProfilePlan, channels: int, size: tuple[int, ...], batch: int, dtype: str = "float32") -> None:
+    """Add what tells the cost of a tensor at a graph's edges: one operator that does next to nothing, and two."""
     for repeats in (1, 2):
-        plan.add("edge", plan.graphs.edge(channels, size, batch, repeats),
-                 {"channels": channels, "size": list(size), "batch": batch, "repeats": repeats})  # fmt: skip
+        detail = {"channels": channels, "size": list(size), "batch": batch, "repeats": repeats, "dtype": dtype}
+        plan.add("edge", plan.graphs.edge(channels, size, batch, repeats, dtype), detail)
 
 
-def plan_probes(plan: ProfilePlan, trace: NetworkTrace) -> None:
+def plan_probes(plan: ProfilePlan, trace: NetworkTrace, dtype: str = "float32") -> None:
     """Add staircases: one dense convolution over its outputs, one over its inputs, one depthwise, as the net has."""
     layers = [layer for layer in trace.layers if layer.op == "conv"]
     dense = next((x for x in layers if x.groups == 1 and min(x.in_channels, x.out_channels) >= 8), None)
@@ -265,7 +266,7 @@ def plan_probes(plan: ProfilePlan, trace: NetworkTrace) -> None:
             keys += [_probe_key(dense, 32, width, 1), _probe_key(dense, width, 32, 1)]
         if depthwise is not None:
             keys.append(_probe_key(depthwise, width, width, width))
-    add_entries(plan, keys, "probe")
+    add_entries(plan, [replace(key, dtype=dtype) for key in keys], "probe")
 
 
 def _probe_key(layer: Any, cin: int, cout: int, groups: int) -> OpKey:
@@ -289,7 +290,7 @@ def plan_nets(
         pruned = model if not number else prune_to(model, example_inputs, trace, widths)
         detail = {"name": f"random-{number}" if number else "unpruned",
                   "keys": [layer.key(widths).row for layer in layers]}  # fmt: skip
-        plan.add("net", plan.graphs.net(pruned, example_inputs, str(detail["name"])), detail)
+        plan.add("net", plan.graphs.net(pruned, example_inputs, str(detail["name"]), dtype), detail)
 
 
 def prune_to(model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, widths: Mapping[str, int]) -> Any:
@@ -322,10 +323,10 @@ def make_plan(
     """
     plan = ProfilePlan(name, setting, protocol or THOROUGH, graphs or OnnxGraphs())
     plan.grid = group_grids(trace, alignment, points)
-    if probes and dtype == "float32":
-        plan_probes(plan, trace)
+    if probes:
+        plan_probes(plan, trace, dtype)
     plan_entries(plan, trace, dtype)
-    if nets and dtype == "float32":
+    if nets:
         plan_nets(plan, model, example_inputs, trace, nets, seed, dtype)
     return plan
 

@@ -67,15 +67,21 @@ class TorchRuntime:
         """What a plan holds for a call that does nothing."""
         return b"call", []
 
-    def edge(self, channels: int, size: tuple[int, ...], batch: int, repeats: int) -> Graph:
+    def edge(self, channels: int, size: tuple[int, ...], batch: int, repeats: int, dtype: str = "float32") -> Graph:
         """torch computes in one layout: an edge costs a call."""
         return self.call()
 
     def operator(self, key: OpKey) -> Graph:
-        """What a plan holds for an operator."""
+        """What a plan holds for an operator.
+
+        Raises:
+            ModelError: it is to run in 8 bits.
+        """
+        if key.dtype != "float32":
+            raise ModelError(f"expected float32 for torch, got {key.dtype}: profile it in ONNX Runtime")
         return json.dumps(key.row).encode(), []
 
-    def net(self, model: nn.Module, example_inputs: tuple[Any, ...], name: str) -> Graph:
+    def net(self, model: nn.Module, example_inputs: tuple[Any, ...], name: str, dtype: str = "float32") -> Graph:
         """What a plan holds for a whole net; a copy is kept here."""
         self.nets[name.encode()] = (copy.deepcopy(model).eval(), example_inputs)
         return name.encode(), []
