@@ -278,18 +278,18 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def measure_all(names: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Medians over rounds, the contenders interleaved."""
-    seen: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    """Medians over rounds, the contenders interleaved; always with the forward pass, which they are compared with."""
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in dict.fromkeys(("forward", *names))}
     for turn in range(args.rounds):
-        for name in names:
+        for name, found in seen.items():
             if turn and name == "Hessian":
                 continue
-            seen[name].append(measure(name, args))
-            print(f"round {turn + 1}: {name} {seen[name][-1]}", file=sys.stderr)
+            found.append(measure(name, args))
+            print(f"round {turn + 1}: {name} {found[-1]}", file=sys.stderr)
     medians = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in seen.items()
     }
-    base = medians.get("forward", {"peak_mb": float("nan")})["peak_mb"]
+    base = max(1.0, medians["forward"]["peak_mb"])
     return [{"name": name, **found, "memory_ratio": found["peak_mb"] / base} for name, found in medians.items()]
 
 
@@ -330,7 +330,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="some contenders, and nothing else")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="these beside the forward pass, nothing else")
     parser.add_argument("--data", type=Path, help="folder with train.npz, for the rank correlations")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
@@ -354,7 +354,7 @@ def main() -> None:
             verdict = "met" if target["met"] else "NOT met"
             print(f"{target['name']:80s} {target['target']:>7s} {target['value']:9.4f} {verdict}")
     if args.json:
-        args.json.write_text(json.dumps(record, indent=1))
+        args.json.write_text(json.dumps(record, indent=1, allow_nan=False))
 
 
 if __name__ == "__main__":

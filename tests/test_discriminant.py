@@ -346,6 +346,27 @@ def test_one_sample_a_class_and_a_thousand_classes() -> None:
     )
 
 
+@pytest.mark.parametrize("channel_dim", [1, -1])
+@pytest.mark.parametrize("targets", ["a class an image", "logits"])
+def test_many_directions_of_which_some_stand_out(targets: str, channel_dim: int) -> None:
+    """Beyond 32 directions the rest count alike: the scores of maps with a thousand targets stay what they are."""
+    generator = torch.Generator().manual_seed(0)
+    strength = torch.logspace(0, -2, 40)[:, None, None]
+    smooth = torch.randn(96, 40, 5, 5, generator=generator) * strength + torch.randn(40, 1, 1, generator=generator)
+    features = torch.nn.functional.interpolate(smooth, scale_factor=2.0).relu()
+    if targets == "logits":
+        logits = features.mean((2, 3)) @ torch.randn(40, 1000, generator=generator)
+        y = label_targets(logits + 0.1 * torch.randn(96, 1000, generator=generator))
+    else:
+        y = label_targets(torch.randint(1000, (96,), generator=generator))
+    maps_in_order = features if channel_dim == 1 else features.movedim(1, -1).contiguous()
+    exact = chunk_scores(maps_in_order, y, channel_dim=channel_dim, sketch=EXACT)
+    shipped = chunk_scores(maps_in_order, y, channel_dim=channel_dim)
+    torch.testing.assert_close(shipped.scores, exact.scores, rtol=0.15, atol=0)
+    assert rank_correlation(shipped.scores, exact.scores) > 0.995
+    assert shipped.di == pytest.approx(exact.di, rel=1e-6)
+
+
 def test_rank_deficient_features() -> None:
     base, labels = maps(30, 2)
     features = base @ torch.randn(2, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
