@@ -5,7 +5,10 @@ kept beside --json). Contenders, each at 70 and 50 % of the unpruned net: DI gui
 MACs alone, uniform widths, and torch-pruning's L2 with `round_to=8`. The last three take the fraction of MACs for the
 fraction of latency, as users do. BatchNorm is recalibrated on the same training images for all; nothing is fine-tuned.
 
-    python benchmarks/latency_budget.py --data DIR --weights DIR [--quick] [--json OUT]
+First the two searches side by side, greedy and exact, on the same scores, table and budgets: predicted DI loss and
+latency, seconds, and what the exact one says of its plan. `--searches` ends there.
+
+    python benchmarks/latency_budget.py --data DIR --weights DIR [--quick] [--searches] [--json OUT]
 """
 
 from __future__ import annotations
@@ -27,21 +30,23 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from protocol import Data, Notebook, Recipe, arguments, network, print_targets  # noqa: E402
+from protocol import Data, Notebook, Recipe, arguments, network, print_targets, timed  # noqa: E402
 
 from diplugin.accuracy import accuracy  # noqa: E402
-from diplugin.costs import Budget, LatencyCost, SeparableCost, macs  # noqa: E402
+from diplugin.costs import Budget, CostModel, LatencyCost, PeakActivationMemory, SeparableCost, macs, params  # noqa: E402
+from diplugin.errors import InfeasibleBudget  # noqa: E402
 from diplugin.groups import remove_channels  # noqa: E402
 from diplugin.latency import measure_onnx, profile_here  # noqa: E402
 from diplugin.latency.graphs import export_bytes  # noqa: E402
 from diplugin.network import NetworkTrace, trace_network  # noqa: E402
 from diplugin.recovery import recalibrate_batchnorm  # noqa: E402
 from diplugin.scoring import score_groups  # noqa: E402
-from diplugin.search import FixedScores, greedy_search  # noqa: E402
+from diplugin.search import ExactSearch, FixedScores, GreedySearch, Search, greedy_search  # noqa: E402
 from diplugin.surgery import apply_plan, load_weights, read_weights  # noqa: E402
 
 FRACTIONS = (0.7, 0.5)
 CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+SEARCHES: dict[str, Search] = {"greedy": GreedySearch(), "exact": ExactSearch()}
 
 
 class Inverted(nn.Module):
@@ -164,6 +169,44 @@ class Bench:
             yield "uniform", fraction, lambda f=fraction: self.uniform(f)
             yield "torch-pruning round_to=8", fraction, lambda f=fraction: self.torch_pruning(f)
 
+    def searches(self) -> Iterator[dict[str, Any]]:
+        """Rows of greedy and exact search under latency alone, and with parameters and peak memory besides."""
+        costs: list[CostModel] = [self.latency, self.macs, params(self.trace), PeakActivationMemory(self.trace)]
+        for fraction in CURVE:
+            latency = Budget("latency_ms", fraction=fraction)
+            others = [Budget("params", fraction=fraction), Budget("memory_mb", fraction=min(1.0, fraction + 0.2))]
+            for what, budgets in (("latency", [latency]), ("latency, parameters, memory", [latency, *others])):
+                for name, search in SEARCHES.items():
+                    row = {"net": self.name, "contender": f"{name} search, {what}", "fraction": fraction}
+                    scorer = FixedScores(self.trace.prunable, self.scores)
+                    try:
+                        plan, seconds = timed(lambda s=search, b=budgets, x=scorer: s(self.trace, x, costs, b))
+                    except InfeasibleBudget:
+                        yield {**row, "loss": None}
+                        continue
+                    yield {**row, "loss": plan.path[-1].loss, "predicted_ms": plan.costs["latency_ms"].predicted,
+                           "of_base_predicted": plan.costs["latency_ms"].fraction, "seconds": seconds,
+                           "found_by": plan.found_by}  # fmt: skip
+
+
+def compare_searches(bench: Bench, notes: Notebook) -> None:
+    """Print greedy and exact search side by side."""
+    for row in bench.searches():
+        if not notes.has(**{k: row[k] for k in ("net", "contender", "fraction")}):
+            notes.add(row)
+        said = "infeasible" if row["loss"] is None else (
+            f"loss {row['loss']:9.4f}, {row['predicted_ms']:.4f} ms = {row['of_base_predicted']:.1%} of unpruned, "
+            f"{row['seconds']:5.2f} s  {row['found_by'].removeprefix('exact search: ')}")  # fmt: skip
+        print(f"  {row['contender']:43s} {row['fraction']:4.0%}: {said}", flush=True)
+
+
+def losses_against_greedy(rows: list[dict[str, Any]]) -> list[float]:
+    """Exact search's loss over greedy search's, for every net and budget that both have met."""
+    found = {(r["net"], r["contender"], r["fraction"]): r["loss"] for r in rows if r.get("loss")}
+    pairs = ((loss, found.get((net, contender.replace("exact", "greedy"), fraction)))
+             for (net, contender, fraction), loss in found.items() if contender.startswith("exact"))  # fmt: skip
+    return [loss / other for loss, other in pairs if other]
+
 
 def trained(path: Path | None, data: Data, epochs: int, images: int) -> nn.Module:
     """The MobileNetV2-like net with weights from an earlier run, or trained here."""
@@ -184,6 +227,8 @@ def faster_at_equal_accuracy(rows: list[dict[str, Any]], net: str) -> float | No
     """How much slower the MACs-guided plan is than the latency-guided curve at its own accuracy; the median."""
     curves = {c: sorted((r["accuracy"], r["measured_ms"]) for r in rows if r["net"] == net and r["contender"] == c)
               for c in ("DI by latency", "DI by MACs")}  # fmt: skip
+    if not curves["DI by latency"]:
+        return None
     accuracies, times = np.array(curves["DI by latency"]).T
     ratios = [
         ms / np.interp(a, accuracies, times) for a, ms in curves["DI by MACs"] if accuracies[0] <= a <= accuracies[-1]
@@ -196,6 +241,7 @@ def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     slowest = max((r["of_base"] for r in ours), default=None)
     over = max((r["of_base"] / r["fraction"] - 1 for r in ours), default=None)
     nets = dict.fromkeys(r["net"] for r in rows)
+    searched = max(losses_against_greedy(rows), default=None)
     speed = {net: faster_at_equal_accuracy(rows, net) for net in nets}
     best = max((v for v in speed.values() if v is not None), default=None)
     return [
@@ -205,6 +251,8 @@ def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
          "met": over is not None and over <= 0.03},
         {"name": "times faster than DI by MACs at equal accuracy, best net", "target": ">= 1.25", "value": best,
          "met": best is not None and best >= 1.25},
+        {"name": "exact search's loss over greedy search's, the worst", "target": "<= 1", "value": searched,
+         "met": searched is not None and searched <= 1 + 1e-9},
     ]  # fmt: skip
 
 
@@ -213,6 +261,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="to train the MobileNetV2-like net")
     parser.add_argument("--images", type=int, default=20_000, help="to train it on")
     parser.add_argument("--test-images", type=int, default=10_000)
+    parser.add_argument("--searches", action="store_true", help="compare greedy and exact search, and time nothing")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -224,6 +273,9 @@ def main() -> None:
     notes = Notebook(args.json, ("net", "contender", "fraction"))
     for name, build in nets.items():
         bench = Bench.of(name, build(), data, args.quick, 1000 if args.quick else args.test_images)
+        compare_searches(bench, notes)
+        if args.searches:
+            continue
         base = 100 * accuracy(bench.model, data.judge(bench.test_images))
         print(f"{name}: unpruned {bench.base_ms:.3f} ms, {base:.2f} %", flush=True)
         for contender, fraction, make in bench.contenders():
