@@ -39,6 +39,7 @@ from .strategies import Job, OneShot, StructureDistillation
 from .surgery import save_pruned
 from .tables import LatencyTable
 from .taps import AfterActivation, Tap
+from .team import current_team
 
 Tell = Callable[[str], None]
 
@@ -114,6 +115,9 @@ def compress(
         source: what the command line calls the model ("source") and the data ("data"); recorded.
         tell: called with one line for every stage.
 
+    Where `torch.distributed` is initialised the work is shared out: every process is given the same arguments and
+    returns the same network, the first one alone writes the folder, times and tells.
+
     Raises:
         UserError: input that cannot be used; the message says what was expected.
         InfeasibleBudget: no structure within reach meets the budgets.
@@ -125,9 +129,13 @@ def compress(
     )  # fmt: skip
     asked = Configuration(tuple(budgets), once, latency_table, recovery, strategy, bits, augment, holdout, seed)
     config = {**asked.record(model), "test_data": test_loader is not None, **(source or {})}
-    with tempfile.TemporaryDirectory() as scratch:
+    team = current_team(loader)
+    if team.rank:  # of many processes the first one writes and speaks
+        out, resume, tell = None, False, None
+    with team.guarding(), tempfile.TemporaryDirectory() as scratch:
         folder = RunFolder(out if out is not None else Path(scratch) / "run", config, resume=resume)
         try:
+            folder.follow_first(team)
             with _seeded(seed), folder.recording_warnings():
                 split = split_holdout(loader, holdout, seed)
                 inputs = tuple(x.to(device_of(model)) if isinstance(x, torch.Tensor) else x for x in example_inputs)

@@ -28,6 +28,7 @@ from typing import Any
 
 from .errors import PlanError
 from .groups import first_line
+from .team import Team
 
 CONFIG, SCORES, METRICS, REPORT, LOG = "config.json", "scores.json", "metrics.json", "report.html", "log.txt"
 ONNX = "model.onnx"
@@ -105,6 +106,17 @@ class RunFolder:
                         self.log(f"warning: {first_line(warning.message)}")
         for warning in caught:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+    def follow_first(self, team: Team) -> None:
+        """Of many processes: take over from the first one's folder what a run is resumed from, plan and checkpoints."""
+        if team.size == 1:
+            return
+        files = (self.path / "plan.json", *sorted((self.path / STAGES).rglob("*")))
+        held = [file.relative_to(self.path).as_posix() for file in files if file.is_file()]
+        for name in json.loads(team.told_by_first(json.dumps(held))):
+            data = team.sent_by_first((self.path / name).read_bytes() if team.rank == 0 else b"")
+            if team.rank:
+                (self.path / name).write_bytes(data)
 
     def finish(self) -> None:
         """Remove the checkpoints of a run that is whole."""

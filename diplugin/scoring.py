@@ -31,6 +31,7 @@ from .groups import ChannelGroup
 from .modes import evaluating
 from .reader_energy import measuring
 from .taps import AfterActivation, Tap, points_of, root_scores
+from .team import current_team
 
 
 @dataclass(frozen=True)
@@ -121,4 +122,6 @@ def group_energies(
                 total.index_add_(0, torch.tensor(member.roots), read)
         if bool(total.any()):
             result[group.name] = total
+    # Computed by all alike; were their machines to round differently, they would still go on with one result.
+    current_team().follow_first(list(result.values()))
     return result

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,16 +76,19 @@ class Team:
 
     def told_by_first(self, text: str) -> str:
         """The text that the first process has, in all of them."""
-        if self.size == 1:
-            return text
-        encoded = text.encode()
-        length = torch.tensor([len(encoded)])
+        return text if self.size == 1 else self.sent_by_first(text.encode()).decode()
+
+    def sent_by_first(self, data: bytes) -> bytes:
+        """The bytes that the first process has, in all of them."""
+        length = torch.tensor([len(data)])
         self.follow_first([length])
-        data = torch.zeros(int(length), dtype=torch.uint8)
-        if self.rank == 0:
-            data.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
-        self.follow_first([data])
-        return bytes(data.tolist()).decode()
+        if not int(length):
+            return b""
+        sent = (
+            torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.rank == 0 else torch.zeros(int(length)).byte()
+        )
+        self.follow_first([sent])
+        return sent.numpy().tobytes()
 
     def done_by_first(self, work: Callable[[], Any]) -> Any:
         """What the work gives, as JSON holds it; the first process does it while the others wait."""
@@ -180,7 +184,9 @@ def one_voice() -> Iterator[Team]:
     """
     with process_group() as team:
         try:
-            with team.guarding():
+            with team.guarding(), warnings.catch_warnings():
+                if team.rank:
+                    warnings.simplefilter("ignore")
                 yield team
         except (Exception, KeyboardInterrupt) as error:
             if not _speaks(team):

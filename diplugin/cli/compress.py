@@ -40,6 +40,13 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..team import one_voice
+
+    with one_voice() as team:
+        return _run(args, first=team.rank == 0)
+
+
+def _run(args: argparse.Namespace, first: bool) -> int:
     from ..costs import Budget
     from ..pipeline import compress
     from ..recovery import Distillation, FineTuning
@@ -48,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tables import LatencyTable
 
     budgets = [Budget.parse(text) for text in args.budget]
-    if not args.resume:
+    if first and not args.resume:
         refuse_held(args.out)
     table = LatencyTable.load(args.table) if args.table else None
     recovery = None
@@ -57,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     strategy = _strategy(args)
     model, inputs = model_of(args)
     data = data_of(args)
-    with Teller() as tell:
+    with Teller(quiet=not first) as tell:
         result = compress(
             model, data.train, example_inputs=inputs, budgets=budgets, latency_table=table, recovery=recovery,
             strategy=strategy, bits=_bits(args.bits), out=args.out, test_loader=data.test, augment=data.augment,
@@ -65,8 +72,9 @@ def run(args: argparse.Namespace) -> int:
             images=args.images, seed=args.seed, resume=args.resume, tell=tell,
             source={"source": args.model, "data": args.data},
         )  # fmt: skip
-    print_metrics(result.metrics)
-    print(f"open {args.out / 'report.html'}")
+    if first:
+        print_metrics(result.metrics)
+        print(f"open {args.out / 'report.html'}")
     return 0
 
 

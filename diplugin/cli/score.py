@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import DipluginError
 from .common import add_data, add_model, data_of, model_of, positive
+
+if TYPE_CHECKING:
+    from ..features import ScoreProfile
+    from ..network import NetworkTrace
+    from ..scoring import GroupScores
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,7 +32,23 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..features import ScoreProfile, UntilStable, move_to, process_group
+    from ..team import one_voice
+
+    with one_voice() as team:
+        trace, scores, profile = _score(args)
+    if team.rank == 0:
+        _print_scores(trace, scores, profile)
+        if args.profile:
+            _print_profile(profile)
+        if args.json:
+            data = {"di": dict(scores.di), "scores": {n: v.tolist() for n, v in scores.scores.items()},
+                    "rho": scores.rho, "images": scores.images, "reliability": profile.reliability}  # fmt: skip
+            args.json.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    return 0
+
+
+def _score(args: argparse.Namespace) -> tuple[NetworkTrace, GroupScores, ScoreProfile]:
+    from ..features import ScoreProfile, UntilStable, move_to
     from ..holdout import split_holdout
     from ..network import trace_network
     from ..scoring import score_groups
@@ -40,17 +60,12 @@ def run(args: argparse.Namespace) -> int:
     trace = trace_network(model, inputs)
     if args.images or until is None:
         loader = first_images(loader, args.images or 2000)
+    move_to(model, args.device)
     profile = ScoreProfile()
-    with process_group() as team:
-        try:
-            move_to(model, args.device)
-            scores = score_groups(model, loader, trace.groups, rho=args.rho, until=until, profile=profile)
-        except DipluginError as error:
-            if team.rank:
-                return error.exit_code  # all processes stop together, and the first one says why
-            raise
-    if team.rank:
-        return 0
+    return trace, score_groups(model, loader, trace.groups, rho=args.rho, until=until, profile=profile), profile
+
+
+def _print_scores(trace: NetworkTrace, scores: GroupScores, profile: ScoreProfile) -> None:
     for group in trace.groups:
         if group.prunable:
             values = scores.scores[group.name]
@@ -59,16 +74,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(f"{group.name:40s} {group.channels:5d} channels  left alone: {group.note}")
     print(f"{scores.images} images: the ranking would correlate by {profile.reliability:.3f} with that of others")
-    if args.profile:
-        _print_profile(profile)
-    if args.json:
-        data = {"di": dict(scores.di), "scores": {n: v.tolist() for n, v in scores.scores.items()},
-                "rho": scores.rho, "images": scores.images, "reliability": profile.reliability}  # fmt: skip
-        args.json.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    return 0
 
 
-def _print_profile(profile: Any) -> None:
+def _print_profile(profile: ScoreProfile) -> None:
     print(f"\n{'tensor':44s} {'shape':>24s} {'MB':>8s} {'ms a chunk':>11s} {'share':>6s}")
     for layer in profile.layers:
         name = f"{layer.point.layer} ({layer.point.side})"
