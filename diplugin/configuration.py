@@ -15,7 +15,7 @@ from .errors import BudgetError, DataError, ModelError, UserError
 from .measurements import versions
 from .recovery import FineTuning
 from .run_folder import recorded
-from .strategies import OneShot, StructureDistillation
+from .strategies import OneShot, Strategy
 from .tables import LatencyTable
 
 
@@ -36,7 +36,7 @@ class Configuration:
     once: OneShot
     latency_table: LatencyTable | None = None
     recovery: FineTuning | None = None
-    strategy: StructureDistillation | None = None
+    strategy: Strategy | None = None
     bits: Any = None
     augment: Callable[[Tensor], Tensor] | None = None
     holdout: float = 0.1

@@ -35,7 +35,7 @@ from .report import table_info, write_report
 from .run_folder import METRICS, ONNX, REPORT, SCORES, RunFolder
 from .scoring import GroupScores
 from .search import SearchLimits
-from .strategies import Job, OneShot, StructureDistillation
+from .strategies import Job, OneShot, Strategy
 from .surgery import save_pruned
 from .tables import LatencyTable
 from .taps import AfterActivation, Tap
@@ -73,7 +73,7 @@ def compress(
     budgets: Sequence[Budget],
     latency_table: LatencyTable | None = None,
     recovery: FineTuning | None = None,
-    strategy: StructureDistillation | None = None,
+    strategy: Strategy | None = None,
     bits: Any = None,
     out: str | Path | None = None,
     test_loader: Iterable[Any] | None = None,
@@ -100,7 +100,7 @@ def compress(
         budgets: limits, each on `macs`, `params`, `memory_mb`, or `latency_ms` (which needs a table).
         latency_table: of the target device.
         recovery: `FineTuning` or `Distillation`; None takes no gradient step, the repairs still run.
-        strategy: `StructureDistillation`, which shrinks the network in steps; None shrinks it at once.
+        strategy: such as `StructureDistillation`, which shrinks the network in steps; None shrinks it at once.
         bits: settings of `diplugin.quantize`; None leaves the weights in float.
         out: run folder, new or empty; None writes nothing.
         test_loader: data that is read once, at the end, to judge by; None judges on the holdout.

@@ -2,7 +2,7 @@
 
 from .clock import search_by_clock
 from .job import Job, Shrunk
-from .one_shot import OneShot, first_images
+from .one_shot import OneShot, Strategy, first_images
 from .schedules import Geometric, Linear, Schedule
 from .structure_distillation import StructureDistillation
 
@@ -13,6 +13,7 @@ __all__ = [
     "OneShot",
     "Schedule",
     "Shrunk",
+    "Strategy",
     "StructureDistillation",
     "first_images",
     "search_by_clock",

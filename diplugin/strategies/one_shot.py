@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -94,6 +94,23 @@ class OneShot:
         """A pruned copy of the model with the repair that the judge likes best, and what it said of each."""
         cut = Cut(model, loader, trace, plan, self.images, self.forward)
         return best_repair(cut, self.repairs, judge)
+
+
+class Strategy(Protocol):
+    """Another way than one shot to shrink a network."""
+
+    def record(self) -> dict[str, Any]:
+        """The settings as JSON, for `config.json`."""
+        ...
+
+    def shrink(self, once: OneShot, job: Job, scores: GroupScores) -> Shrunk:
+        """The network at its budgets.
+
+        Args:
+            once: how a network is scored, searched and cut, each time.
+            scores: of the unpruned network.
+        """
+        ...
 
 
 def first_images(loader: Iterable[Any], images: int) -> Iterable[Any]:
