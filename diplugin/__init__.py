@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .recovery import Distillation as Distillation
     from .scoring import score_groups as score_groups
     from .search import greedy_search as greedy_search
+    from .strategies import StructureDistillation as StructureDistillation
     from .surgery import apply_plan as apply_plan
     from .surgery import load_pruned as load_pruned
     from .tables import LatencyTable as LatencyTable
@@ -40,6 +41,7 @@ _HOMES = {
     "Distillation": "diplugin.recovery",
     "LatencyTable": "diplugin.tables",
     "PruningPlan": "diplugin.plan",
+    "StructureDistillation": "diplugin.strategies",
     "apply_plan": "diplugin.surgery",
     "compress": "diplugin.pipeline",
     "greedy_search": "diplugin.search",
@@ -57,6 +59,7 @@ __all__ = [
     "Distillation",
     "LatencyTable",
     "PruningPlan",
+    "StructureDistillation",
     "__version__",
     "apply_plan",
     "compress",

@@ -224,6 +224,18 @@ def test_a_run_folder_that_is_torn(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "x.onnx").exists()
 
 
+def test_structure_distillation(
+    code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diplugin.measurements.Measure.exported", lambda *_: {"latency_ms_measured": None})
+    argv = ["compress", f"{code}:Net", f"{code}:data", "--example-shape=1,3,8,8", "--budget=macs=0.6", "--epochs=1",
+            "--strategy=structure-distillation", "--steps=2", f"--out={tmp_path / 'run'}"]  # fmt: skip
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert "step 2 of 2: macs" in said and "after the lesson" in said
+    assert "Step by step" in (tmp_path / "run" / "report.html").read_text()
+
+
 # --- the shell of it ---
 
 
