@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from .errors import DataError, DeviceError, ProcessError
 from .groups import first_line
 
 _MESSAGE_BYTES = 512
+#: How long the first process waits for the others to read why it stopped.
+_PATIENCE = timedelta(seconds=10)
 #: Every `guarding` has a name for its message; all processes come through them in the same order.
 _GUARDS = itertools.count()
 
@@ -169,10 +172,14 @@ def process_group() -> Iterator[Team]:
         dist.init_process_group("nccl" if gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) else "gloo")
     except (RuntimeError, ValueError) as error:
         raise DeviceError(f"expected {size} processes that reach each other, got {first_line(error)}") from error
+    rank, store = dist.get_rank(), _store()
     try:
-        yield Team(dist.get_rank(), size)
-    finally:
-        dist.destroy_process_group()
+        yield Team(rank, size)
+    except BaseException:
+        dist.destroy_process_group()  # wakes those who wait for this process
+        _await_readers(store, rank, size)
+        raise
+    dist.destroy_process_group()
 
 
 @contextmanager
@@ -224,9 +231,25 @@ def _reason(error: BaseException) -> str:
 def _leave_message(name: str, message: str) -> str:
     """The message under this name: the first that any process left."""
     try:
-        return dist.distributed_c10d._get_default_store().compare_set(name, "", message).decode()
+        return _store().compare_set(name, "", message).decode()
     except (RuntimeError, ValueError):  # the process that kept the messages is gone
         return message
+
+
+def _store() -> dist.Store:
+    """Where the processes found each other, and can leave messages."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _await_readers(store: dist.Store, rank: int, size: int) -> None:
+    """Without `torchrun` the first process keeps the messages: it ends once the others have read them."""
+    try:
+        if rank:
+            store.set(f"diplugin/left/{rank}", "")
+        else:
+            store.wait([f"diplugin/left/{other}" for other in range(1, size)], _PATIENCE)
+    except (RuntimeError, ValueError):
+        return
 
 
 def _speaks(team: Team) -> bool:
@@ -234,7 +257,7 @@ def _speaks(team: Team) -> bool:
     if team.size == 1:
         return True
     try:
-        return dist.distributed_c10d._get_default_store().add("diplugin/spoke", 1) == 1
+        return _store().add("diplugin/spoke", 1) == 1
     except (RuntimeError, ValueError):
         return True
 
