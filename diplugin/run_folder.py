@@ -123,8 +123,8 @@ class RunFolder:
         shutil.rmtree(self.path / STAGES, ignore_errors=True)
 
     def abandon(self) -> None:
-        """Leave nothing of a run that never got to a plan."""
-        if (self.path / "plan.json").exists():
+        """Leave nothing of a run that never got to a plan, nor to one of its steps' plans."""
+        if (self.path / "plan.json").exists() or any((self.path / STAGES).glob("*.plan.json")):
             return
         for name in (CONFIG, LOG, SCORES):
             (self.path / name).unlink(missing_ok=True)

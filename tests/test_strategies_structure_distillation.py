@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import diplugin
 from diplugin.costs import macs, params
+from diplugin.costs.latency import timed_layers
 from diplugin.discriminant import discriminant_directions, discriminant_information
 from diplugin.errors import BudgetError, DataError, InfeasibleBudget, PlanError, UserError
+from diplugin.latency.plan import group_grids, layer_keys
 from diplugin.measurements import Measure
 from diplugin.network import silence, trace_network
 from diplugin.plan import PruningPlan
@@ -34,6 +36,7 @@ from diplugin.recovery import (
 from diplugin.scoring import score_groups
 from diplugin.search import FixedScores, greedy_search
 from diplugin.strategies import Geometric, Linear, StructureDistillation
+from diplugin.tables import Alignment, Calibration, Entry, LatencyTable, Setting
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
 CLASSES, INPUTS = 4, (torch.zeros(1, 1, 8, 8),)
@@ -347,6 +350,34 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(
     assert result.metrics["steps"] == reference.metrics["steps"]
 
 
+def test_data_that_fails_on_the_way_loses_nothing(whole: Any, trained: nn.Module, loader: Any, tmp_path: Path) -> None:
+    """A disk that comes back: the run is resumed and ends like one whose data never failed."""
+
+    class Flaky(Dataset[Any]):
+        fails = False
+
+        def __len__(self) -> int:
+            return len(loader.dataset)
+
+        def __getitem__(self, index: int) -> Any:
+            if self.fails:
+                raise OSError("the disk is gone")
+            return loader.dataset[index]
+
+    data = Flaky()
+    settings: dict[str, Any] = {"strategy": STEPS, "recovery": Distillation(epochs=1), "out": tmp_path / "run"}
+
+    def fail(line: str) -> None:
+        data.fails = line.startswith("step 2, epoch 1")
+
+    with pytest.raises(DataError, match="OSError: the disk is gone"):
+        compress(trained, DataLoader(data, 50), **settings, tell=fail)
+    data.fails, lines = False, list[str]()
+    result = compress(trained, DataLoader(data, 50), **settings, resume=True, tell=lines.append)
+    assert not any(line.startswith("step 1") for line in lines)
+    assert result.plan == whole[0].plan and same(weights(tmp_path / "run"), weights(whole[1]))
+
+
 def test_a_resumed_run_is_held_to_its_strategy(whole: Any, trained: nn.Module, loader: Any) -> None:
     _, out, _ = whole
     other = StructureDistillation(Geometric(2), STEPS.lesson)
@@ -391,6 +422,55 @@ def test_settings_of_another_kind(wrong: Any) -> None:
 def test_a_strategy_of_another_kind(trained: nn.Module, loader: Any) -> None:
     with pytest.raises(UserError, match="StructureDistillation"):
         compress(trained, loader, strategy="structure-distillation")
+
+
+@pytest.fixture(scope="module")
+def table(trained: nn.Module) -> LatencyTable:
+    """Of an imaginary device on which everything takes as long as its MACs."""
+    trace, alignment = trace_network(trained, INPUTS), Alignment(2, 2)
+    grid = group_grids(trace, alignment)
+    keys = {key for layer in timed_layers(trace) for key in layer_keys(layer, grid, trace.base_widths)}
+    entries = tuple(Entry(key, key.macs * 1e-5 + 0.001, 1.0, 1.0, 0.0) for key in sorted(keys))
+    setting = Setting("onnxruntime", "1.32.0", "CPUExecutionProvider", "all", 1)
+    return LatencyTable(
+        "made-up", "device", setting, entries, (), alignment, 0.02, Calibration(1, 0, 12, 0.01, 0.03, 1)
+    )
+
+
+def test_latency_and_macs_at_once(trained: nn.Module, loader: Any, table: LatencyTable) -> None:
+    budgets = [diplugin.Budget("latency_ms", fraction=0.5), diplugin.Budget("macs", fraction=0.55)]
+    lines: list[str] = []
+    strategy = StructureDistillation(Geometric(2), FineTuning(epochs=1, lr=0.01))
+    result = compress(trained, loader, budgets=budgets, latency_table=table, strategy=strategy, tell=lines.append)
+    assert all(budget["met"] for budget in result.metrics["budgets"])
+    first, last = (row["costs"]["latency_ms"] for row in result.metrics["steps"])
+    assert last["predicted"] <= 0.5 * last["base"] < first["predicted"] <= 0.5**0.5 * first["base"]
+    assert sum("latency_ms" in line for line in lines if line.startswith("step")) == 2
+
+
+def test_a_resumed_run_keeps_plans_that_were_made_by_the_clock(
+    trained: nn.Module, loader: Any, table: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock never says the same twice; what was planned by it stays planned."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(Measure, "local", property(lambda _: True))
+    monkeypatch.setattr(Measure, "milliseconds", lambda *_: 0.3 + 0.05 * next(clock))
+    settings: dict[str, Any] = {"budgets": [diplugin.Budget("latency_ms", fraction=0.6)], "latency_table": table,
+                                "strategy": StructureDistillation(Linear(2), lesson=None), "out": tmp_path}  # fmt: skip
+    planned: list[str] = []
+
+    def kill(line: str) -> None:
+        planned.extend([line] if line.startswith("step 2 of 2: macs") else [])
+        if line.startswith("step 2 of 2: holdout"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(trained, loader, **settings, tell=kill)
+    asked = next(clock)
+    result = compress(trained, loader, **settings, resume=True, tell=planned.append)
+    assert next(clock) == asked + 1, "the clock was not asked again"
+    assert planned.count(planned[0]) == 2
+    assert result.plan == PruningPlan.load(tmp_path / "plan.json")
 
 
 def test_latency_budgets_need_a_table(trained: nn.Module, loader: Any) -> None:
