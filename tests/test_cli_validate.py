@@ -44,8 +44,13 @@ def test_tables_and_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert args.run(args) == 0
     printed = capsys.readouterr().out
     assert "KernelRidge" in printed and "largest difference to scikit-learn" in printed
+    assert "mean of 2 layers" in printed
     record = json.loads((tmp_path / "v.json").read_text())
     assert {layer["layer"] for layer in record["layers"]} == {"0", "2"}
+    halves = [row["accuracy"] for layer in record["layers"] for row in layer["accuracies"]
+              if row["criterion"] == "L1" and row["kept"] == {"0": 3, "2": 4}[layer["layer"]]]  # fmt: skip
+    assert record["means"]["kept"][2] == 0.5
+    assert record["means"]["accuracies"]["L1"][2] == pytest.approx(sum(halves) / 2)
     assert all(layer["worst_difference"] < 1e-6 and layer["non_decreasing"] for layer in record["layers"])
     assert "<svg" in (tmp_path / "v.svg").read_text(encoding="utf-8")
 

@@ -51,27 +51,38 @@ def run(args: argparse.Namespace) -> int:
 
 def print_validation(layers: Sequence[LayerValidation]) -> None:
     """Identities, monotony and accuracies as tables."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    from ..reference import FRACTIONS, mean_accuracies
+
     console = Console()
-    table = Table("layer", "referee", "diplugin", "scikit-learn", "differ by", "never falls")
+    if not console.is_terminal:  # a file has no width to keep to
+        console = Console(width=120)
+
+    def table(*columns: str, title: str | None = None) -> Table:
+        return Table(*columns, title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+
+    proof = table("layer", "referee", "diplugin", "scikit-learn", "differ by", "never falls")
     for layer in layers:
         for place, identity in enumerate(layer.identities):
             name, falls = (layer.layer, "yes" if layer.non_decreasing else "NO") if place == 0 else ("", "")
-            table.add_row(name, identity.referee, f"{identity.ours:.8f}", f"{identity.theirs:.8f}",
+            proof.add_row(name, identity.referee, f"{identity.ours:.6f}", f"{identity.theirs:.6f}",
                           f"{identity.relative_difference:.0e}", falls)  # fmt: skip
-    console.print(table)
+    console.print(proof)
     for layer in layers:
         counts = sorted({row.kept for row in layer.accuracies})
         found = {(row.criterion, row.kept): row.accuracy for row in layer.accuracies}
-        table = Table("kept by", *(str(count) for count in counts), title=_title(layer))
+        rows = table("channels kept by", *(f"{count} of {layer.channels}" for count in counts),
+                     title=f"{layer.layer}: LDA accuracy on held folds, {layer.images} images")  # fmt: skip
         for criterion in dict.fromkeys(row.criterion for row in layer.accuracies):
-            table.add_row(criterion, *(f"{found[criterion, count]:.1%}" for count in counts))
-        console.print(table)
+            rows.add_row(criterion, *(f"{found[criterion, count]:.1%}" for count in counts))
+        console.print(rows)
+    means = table("channels kept by", *(f"{fraction:.0%}" for fraction in FRACTIONS),
+                  title=f"mean of {len(layers)} layers: LDA accuracy on held folds")  # fmt: skip
+    for criterion, accuracies in mean_accuracies(layers).items():
+        means.add_row(criterion, *(f"{accuracy:.1%}" for accuracy in accuracies))
+    console.print(means)
     worst = max(layer.worst_difference for layer in layers)
     console.print(f"largest difference to scikit-learn: {worst:.0e} over {len(layers)} layers", highlight=False)
-
-
-def _title(layer: LayerValidation) -> str:
-    return f"{layer.layer}: LDA accuracy on held folds by channels kept of {layer.channels}, {layer.images} images"

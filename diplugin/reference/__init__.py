@@ -10,9 +10,18 @@ from __future__ import annotations
 from .identities import Identity, check_identities, di_along, greedy_order, lda_trace, ridge_value
 from .network import choose_groups, collect, filter_norms, validate_network
 from .plot import check_outputs, plot_validation
-from .study import Accuracy, LayerValidation, lda_accuracy, save_validation, validate_layer
+from .study import (
+    FRACTIONS,
+    Accuracy,
+    LayerValidation,
+    lda_accuracy,
+    mean_accuracies,
+    save_validation,
+    validate_layer,
+)
 
 __all__ = [
+    "FRACTIONS",
     "Accuracy",
     "Identity",
     "LayerValidation",
@@ -25,6 +34,7 @@ __all__ = [
     "greedy_order",
     "lda_accuracy",
     "lda_trace",
+    "mean_accuracies",
     "plot_validation",
     "ridge_value",
     "save_validation",

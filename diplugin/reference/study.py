@@ -176,7 +176,7 @@ def _accuracies(
     pooled: Tensor, labels: Tensor, rho: float, importances: Mapping[str, Tensor], seed: int
 ) -> list[Accuracy]:
     channels = pooled.shape[1]
-    counts = sorted({max(1, round(channels * fraction)) for fraction in FRACTIONS})
+    counts = sorted({_kept(channels, fraction) for fraction in FRACTIONS})
     rankings: dict[str, Ranking] = {
         "DI": lambda x, y: rank_by_di(x, y, rho),
         "DI, eliminated": lambda x, y: rank_by_elimination(x, y, rho),
@@ -197,7 +197,23 @@ def _accuracies(
     return rows + [Accuracy("random", count, float(mean)) for count, mean in zip(counts, means, strict=True)]
 
 
+def mean_accuracies(layers: Sequence[LayerValidation]) -> dict[str, tuple[float, ...]]:
+    """Criterion -> accuracy at each of `FRACTIONS` of the channels kept, averaged over the layers that it ranked."""
+    found: dict[str, list[list[float]]] = {}
+    for layer in layers:
+        counts = [_kept(layer.channels, fraction) for fraction in FRACTIONS]
+        for criterion in dict.fromkeys(row.criterion for row in layer.accuracies):
+            at = {row.kept: row.accuracy for row in layer.accuracies if row.criterion == criterion}
+            found.setdefault(criterion, []).append([at[count] for count in counts])
+    return {criterion: tuple(np.mean(rows, axis=0).tolist()) for criterion, rows in found.items()}
+
+
+def _kept(channels: int, fraction: float) -> int:
+    return max(1, round(channels * fraction))
+
+
 def save_validation(layers: Sequence[LayerValidation], path: Path) -> None:
     """All layers' evidence as JSON."""
-    record = {"schema": "diplugin.validation/1", "layers": [layer.to_json() for layer in layers]}
+    means = {"kept": FRACTIONS, "accuracies": mean_accuracies(layers)}
+    record = {"schema": "diplugin.validation/1", "layers": [layer.to_json() for layer in layers], "means": means}
     path.write_text(json.dumps(record, indent=1))
