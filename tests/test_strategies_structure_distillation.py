@@ -318,6 +318,20 @@ def test_without_lessons_the_weights_are_the_unpruned_ones(trained: nn.Module, l
     assert kept == sorted(kept, reverse=True) and len(set(kept)) == 3
 
 
+@pytest.mark.parametrize("kind", ["grouped", "dense", "depthwise", "option_a", "vgg", "tokens", "twice"])
+def test_numbers_stay_those_of_the_unpruned_network(make_net: MakeNet, make_images: Any, kind: str) -> None:
+    """Blocks of grouped convolutions, concatenations, flattened maps: scored anew and cut three times over."""
+    model, inputs = make_net(kind)
+    lines: list[str] = []
+    result = compress(
+        model, make_images(80).loader(40), example_inputs=inputs, repairs=(Recalibrate(),), tell=lines.append,
+        budgets=[diplugin.Budget("params", fraction=0.5)], strategy=StructureDistillation(Linear(3), lesson=None),
+    )  # fmt: skip
+    direct = diplugin.apply_plan(copy.deepcopy(model), result.plan, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(direct.parameters(), result.model.parameters(), strict=True))
+    assert result.metrics["budgets"][0]["met"] and len(result.metrics["steps"]) == 3
+
+
 class Killed(BaseException):
     """Stands for a signal."""
 
