@@ -70,6 +70,7 @@ class Configuration:
             "bits": None if self.bits is None else json.loads(json.dumps(asdict(self.bits), default=str)),
             "rho": self.once.rho, "images": self.once.images,
             "tap": repr(self.once.tap), "limits": asdict(self.once.limits), "ranking": repr(self.once.ranking),
+            "search": repr(self.once.searcher),
             "repairs": [repr(repair) for repair in self.once.repairs],
             "holdout": self.holdout, "seed": self.seed, "versions": versions(),
         }  # fmt: skip

@@ -34,7 +34,7 @@ from .recovery import REPAIRS, EpochReport, FineTuning, Repair
 from .report import table_info, write_report
 from .run_folder import METRICS, ONNX, REPORT, SCORES, RunFolder
 from .scoring import GroupScores
-from .search import SearchLimits
+from .search import GreedySearch, Search, SearchLimits
 from .strategies import Job, OneShot, Strategy
 from .surgery import save_pruned
 from .tables import LatencyTable
@@ -81,6 +81,7 @@ def compress(
     rho: float = 10.0,
     tap: Tap | None = None,
     limits: SearchLimits | None = None,
+    search: Search | None = None,
     repairs: Sequence[Repair] = REPAIRS,
     images: int = 2000,
     holdout: float = 0.1,
@@ -107,6 +108,7 @@ def compress(
         augment: varies a batch of training images [N, ...] while fine-tuning.
         rho, tap: of DI.
         limits: floor and alignment of the widths.
+        search: `ExactSearch()` solves for the best widths; None, `GreedySearch()`, comes close in less time.
         repairs: what is tried on the cut network, without a gradient step; the holdout chooses.
         images: training images used for scores and repairs.
         holdout: fraction of the training data set aside.
@@ -124,8 +126,8 @@ def compress(
     """
     get_labels, forward = guarded_labels(get_labels), guarded_forward(forward)
     once = OneShot(
-        rho=rho, tap=tap or AfterActivation(), limits=limits or SearchLimits(), repairs=tuple(repairs),
-        images=images, get_labels=get_labels, forward=forward,
+        rho=rho, tap=tap or AfterActivation(), limits=limits or SearchLimits(), searcher=search or GreedySearch(),
+        repairs=tuple(repairs), images=images, get_labels=get_labels, forward=forward,
     )  # fmt: skip
     asked = Configuration(tuple(budgets), once, latency_table, recovery, strategy, bits, augment, holdout, seed)
     config = {**asked.record(model), "test_data": test_loader is not None, **(source or {})}

@@ -19,6 +19,7 @@ from diplugin.errors import BudgetError, DataError, InfeasibleBudget, ModelError
 from diplugin.export import run_onnx
 from diplugin.network import trace_network
 from diplugin.recovery import FineTuning, Recalibrate, train
+from diplugin.search import ExactSearch
 
 CLASSES = 4
 HALF = diplugin.Budget("macs", fraction=0.5)
@@ -130,6 +131,17 @@ def test_runs_repeat(trained: nn.Module, loader: Any) -> None:
     assert torch.equal(state, torch.random.get_rng_state()), "the caller's generator is left as it was"
     assert one.plan == two.plan and one.folder is None
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+
+
+def test_the_search_can_be_chosen(trained: nn.Module, loader: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    budgets = [diplugin.Budget("macs", fraction=0.6), diplugin.Budget("params", fraction=0.5)]
+    exact = compress(trained, loader, budgets=budgets, search=ExactSearch(), out=tmp_path / "run", tell=said.append)
+    greedy = compress(trained, loader, budgets=budgets)
+    assert exact.plan.path[-1].loss <= greedy.plan.path[-1].loss * (1 + 1e-9)
+    assert all(budget["met"] for budget in exact.metrics["budgets"])
+    assert "proven" in exact.plan.found_by and any("proven" in line for line in said)
+    assert "ExactSearch" in json.loads((tmp_path / "run" / "config.json").read_text())["search"]
 
 
 def test_an_infeasible_budget_names_what_is_in_reach_and_leaves_nothing(

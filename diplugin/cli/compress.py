@@ -28,6 +28,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--steps", type=positive, metavar="N", help="of structure-distillation (default 4)")
     parser.add_argument("--step-epochs", type=int, metavar="N",
                         help="of training after every step but the last (default 1); --epochs come on top")  # fmt: skip
+    parser.add_argument("--search", choices=("greedy", "exact"), default="greedy",
+                        help="how widths are chosen: step by step, or all at once by an integer program, which takes "
+                        "up to half a minute and says how good its plan is (default greedy)")  # fmt: skip
     parser.add_argument("--no-teacher", action="store_true", help="fine-tune on the labels alone")
     parser.add_argument("--rho", type=float, default=10.0, help="relative ridge of DI (default 10)")
     parser.add_argument("--floor", type=float, default=0.1, help="fraction of every group that stays (default 0.1)")
@@ -51,7 +54,7 @@ def _run(args: argparse.Namespace, first: bool) -> int:
     from ..pipeline import compress
     from ..recovery import Distillation, FineTuning
     from ..run_folder import refuse_held
-    from ..search import SearchLimits
+    from ..search import ExactSearch, GreedySearch, SearchLimits
     from ..tables import LatencyTable
 
     budgets = [Budget.parse(text) for text in args.budget]
@@ -69,6 +72,7 @@ def _run(args: argparse.Namespace, first: bool) -> int:
             model, data.train, example_inputs=inputs, budgets=budgets, latency_table=table, recovery=recovery,
             strategy=strategy, bits=_bits(args.bits), out=args.out, test_loader=data.test, augment=data.augment,
             rho=args.rho, limits=SearchLimits(floor=args.floor, align=args.align),
+            search=(ExactSearch if args.search == "exact" else GreedySearch)(),
             images=args.images, seed=args.seed, resume=args.resume, tell=tell,
             source={"source": args.model, "data": args.data},
         )  # fmt: skip

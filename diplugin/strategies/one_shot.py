@@ -20,8 +20,9 @@ from ..plan import PruningPlan
 from ..ranking import ByBoth, Ranking, hand_out
 from ..recovery import REPAIRS, Cut, Repair, best_repair
 from ..scoring import GroupScores, group_energies, score_groups
-from ..search import FixedScores, SearchLimits, greedy_search
+from ..search import FixedScores, GreedySearch, Search, SearchLimits
 from ..taps import AfterActivation, Tap
+from ..team import current_team
 from .job import Job, Shrunk, shares
 
 
@@ -34,6 +35,7 @@ class OneShot:
         tap: which tensors are scored.
         ranking: which channels of a group leave first; how many do, DI alone says.
         limits: floor and alignment of the widths.
+        searcher: chooses the widths: `GreedySearch()` or `ExactSearch()`.
         repairs: what is tried on the cut network; the holdout chooses among them.
         images: training images used for scores and repairs.
     """
@@ -42,6 +44,7 @@ class OneShot:
     tap: Tap = field(default_factory=AfterActivation)
     ranking: Ranking = field(default_factory=ByBoth)
     limits: SearchLimits = field(default_factory=SearchLimits)
+    searcher: Search = field(default_factory=GreedySearch)
     repairs: tuple[Repair, ...] = REPAIRS
     images: int = 2000
     get_labels: GetLabels = labels_of
@@ -75,13 +78,21 @@ class OneShot:
         self, trace: NetworkTrace, losses: Mapping[str, Tensor], costs: Sequence[CostModel], budgets: Sequence[Budget],
         start: PruningPlan | None = None,
     ) -> PruningPlan:  # fmt: skip
-        """The plan for these losses, from what an earlier plan for the same network has left."""
-        return greedy_search(trace, FixedScores(trace.prunable, losses), costs, budgets, self.limits, start=start)
+        """The plan for these losses, from what an earlier plan for the same network has left.
+
+        Of many processes the first one searches: a solver that runs against the clock ends elsewhere each time.
+        """
+
+        def search() -> str:
+            scorer = FixedScores(trace.prunable, losses)
+            return self.searcher(trace, scorer, costs, budgets, self.limits, start=start).to_json()
+
+        return PruningPlan.from_json(current_team().done_by_first(search))
 
     def shrink(self, job: Job, scores: GroupScores) -> Shrunk:
         """The whole strategy: one plan for all budgets, and the network cut by it."""
         plan = job.plan(lambda budgets: self.search(job.trace, scores, job.costs, budgets))
-        job.tell(f"planned: {shares(plan)} of the unpruned network")
+        job.tell(f"planned: {shares(plan)} of the unpruned network" + (f"; {plan.found_by}" if plan.found_by else ""))
         with job.stage("cut"):
             model, verdicts = self.carve(job.model, job.split.scoring, job.trace, plan, job.judge)
         job.tell("repaired, holdout accuracy: " + ", ".join(f"{n} {v:.2%}" for n, v in verdicts.items()))
