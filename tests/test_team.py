@@ -1,0 +1,119 @@
+"""The processes of one run: what they exchange, and `compress` as a whole on two of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diplugin.errors import DataError
+from diplugin.team import Team, current_team, one_voice, process_group
+
+Processes = Callable[..., list[subprocess.CompletedProcess[str]]]
+
+COMPRESS = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import diplugin.pipeline as pipeline
+from diplugin.cli import main
+
+if sys.argv[3] == "interrupted":
+    def epoch(self, report):
+        if report.epoch == 2 and os.environ["RANK"] == "0":
+            raise KeyboardInterrupt
+    pipeline._Run._epoch = epoch
+more = ["--resume"] if sys.argv[3] == "resumed" else []
+sys.exit(main(["compress", "net:net", "digits", "--example-shape", "1,1,16,16", "--budget", "macs=0.5", "--images",
+               "300", "--epochs", "3", "--out", sys.argv[2], *more]))
+"""
+
+NET = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3),
+                         nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10))
+"""
+
+EXCHANGE = """
+import sys, torch
+from diplugin.team import process_group
+with process_group() as team:
+    mine = torch.tensor([1.0 + team.rank, 2.0])
+    other = torch.tensor([3 + team.rank])
+    team.sum([mine, other])
+    assert mine.tolist() == [3.0, 4.0] and other.tolist() == [7]
+    state = torch.full((2,), float(team.rank))
+    team.follow_first([state])
+    assert state.tolist() == [0.0, 0.0]
+    assert [int(t) for t in team.everybodys(torch.tensor(team.rank))] == [0, 1]
+    assert team.told_by_first("größer" if team.rank == 0 else "") == "größer"
+    assert team.sent_by_first(b"") == b"" and team.sent_by_first(bytes([0, 255]) * (1 - team.rank)) == bytes([0, 255])
+    done = []
+    assert team.done_by_first(lambda: done.append(1) or {"a": None}) == {"a": None}
+    assert len(done) == 1 - team.rank
+"""
+
+
+@pytest.mark.slow
+def test_what_is_exchanged(processes: Processes) -> None:
+    for done in processes(EXCHANGE, 2):
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_compress_as_one_and_go_on_after_an_interruption(processes: Processes, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NET)
+
+    def run(size: int, out: str, mode: str) -> list[subprocess.CompletedProcess[str]]:
+        return processes(COMPRESS, size, tmp_path, tmp_path / out, mode)
+
+    for size, out in ((1, "one"), (2, "two")):
+        assert all(done.returncode == 0 for done in run(size, out, "whole"))
+    one, two = (load_file(tmp_path / out / "weights.safetensors") for out in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4) for name in one)
+    plans = [json.loads((tmp_path / out / "plan.json").read_text()) for out in ("one", "two")]
+    assert plans[0] == plans[1]
+
+    stopped = run(2, "cut", "interrupted")
+    assert sum("interrupted" in done.stderr for done in stopped) == 1
+    resumed = run(2, "cut", "resumed")
+    assert all(done.returncode == 0 for done in resumed)
+    again = load_file(tmp_path / "cut" / "weights.safetensors")
+    assert all(torch.equal(two[name], again[name]) for name in two)
+    assert [bool(done.stdout) for done in resumed] == [True, False]
+
+
+# --- alone ---
+
+
+def test_one_process_exchanges_nothing() -> None:
+    team, value = Team(), torch.ones(2)
+    team.sum([value])
+    team.follow_first([value])
+    assert value.tolist() == [1.0, 1.0]
+    assert team.everybodys(value)[0] is value
+    assert team.told_by_first("a") == "a"
+    assert team.done_by_first(lambda: 7) == 7
+    assert current_team() == team
+    with process_group() as found, one_voice() as voice:
+        assert found == voice == team
+
+
+def test_rows_are_dealt_evenly_and_completely() -> None:
+    for length, size in ((0, 2), (1, 3), (7, 3), (12, 4)):
+        parts = [range(length)[Team(rank, size).rows(length)] for rank in range(size)]
+        assert [row for part in parts for row in part] == list(range(length))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_errors_pass_through_alone() -> None:
+    with pytest.raises(DataError, match="gone"), one_voice() as team, team.together():
+        raise DataError("gone")
