@@ -229,7 +229,8 @@ def test_structure_distillation(
 ) -> None:
     monkeypatch.setattr("diplugin.measurements.Measure.exported", lambda *_: {"latency_ms_measured": None})
     argv = ["compress", f"{code}:Net", f"{code}:data", "--example-shape=1,3,8,8", "--budget=macs=0.6", "--epochs=1",
-            "--search=exact", "--strategy=structure-distillation", "--steps=2", f"--out={tmp_path / 'run'}"]  # fmt: skip
+            "--search=exact", "--strategy=structure-distillation", "--steps=2",
+            f"--out={tmp_path / 'run'}"]  # fmt: skip
     assert main(argv) == 0
     said = capsys.readouterr().out
     assert "step 2 of 2: macs" in said and "after the lesson" in said
