@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .plan import PruningPlan as PruningPlan
     from .recovery import Distillation as Distillation
     from .scoring import score_groups as score_groups
+    from .search import ExactSearch as ExactSearch
     from .search import greedy_search as greedy_search
     from .strategies import StructureDistillation as StructureDistillation
     from .surgery import apply_plan as apply_plan
@@ -39,6 +40,7 @@ _HOMES = {
     "DIImportance": "diplugin_torch_pruning",
     "DIPruner": "diplugin_nni",
     "Distillation": "diplugin.recovery",
+    "ExactSearch": "diplugin.search",
     "LatencyTable": "diplugin.tables",
     "PruningPlan": "diplugin.plan",
     "StructureDistillation": "diplugin.strategies",
@@ -57,6 +59,7 @@ __all__ = [
     "DIImportance",
     "DIPruner",
     "Distillation",
+    "ExactSearch",
     "LatencyTable",
     "PruningPlan",
     "StructureDistillation",
