@@ -24,33 +24,68 @@ def accuracy(
     """Fraction of images classified correctly, in eval mode; modes are as before afterwards.
 
     Class ids [N] and one-hot targets [N, L] are compared with the largest logit, multi-label targets with the signs of
-    the logits, label by label. Where `torch.distributed` is initialised every process runs some of the batches, and all
-    get the same figure.
+    the logits, label by label; 0/1 targets are one-hot if every image of the data has one label. Where
+    `torch.distributed` is initialised every process runs some of the batches, and all get the same figure.
 
     Raises:
         DataError: an empty loader, or labels that do not fit the outputs.
         ModelError: the model returns something else than one tensor of logits.
     """
-    team = current_team(loader)
-    right = total = 0.0
+    team, tally = current_team(loader), Tally()
     with evaluating(model), torch.no_grad(), team.together():
         for turn, batch in enumerate(loader):
             if not team.mine(turn):
                 continue
             batch = to_device(batch, device_of(model))
             labels = get_labels(batch)  # first: a batch of another form is the data's fault, not the model's
-            hits = hits_of(forward(model, batch), labels)
-            right, total = right + float(hits.sum()), total + hits.numel()
-    counts = torch.tensor([right, total], dtype=torch.float64)
-    team.sum([counts])
-    right, total = counts.tolist()
-    if not total:
-        raise DataError("expected a loader that yields images to judge by, got an empty one")
-    return right / total
+            tally.add(forward(model, batch), labels)
+    team.sum([tally.counts])
+    return tally.fraction
 
 
-def hits_of(logits: Any, labels: Tensor) -> Tensor:
-    """1 where the prediction is right, else 0: float [N], or [N, L] for multi-label targets."""
+class Tally:
+    """Counts of what was right, batch by batch.
+
+    Attributes:
+        counts: float64; right and all images by their largest logit, right and all labels by the logits' signs, images
+            that have not exactly one label. Those of several tallies may be added up.
+    """
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(5, dtype=torch.float64)
+
+    def add(self, logits: Any, labels: Tensor) -> None:
+        """One more batch: logits [N, C], class ids [N] or targets [N, C].
+
+        Raises:
+            DataError: labels that do not fit the logits.
+            ModelError: no tensor of logits.
+        """
+        check_fit(logits, labels)
+        if labels.ndim == 1:
+            found = [(logits.argmax(1) == labels).sum(), len(labels), 0, 0, 0]
+        else:
+            largest = (logits.argmax(1) == labels.argmax(1)).sum()
+            signs = ((logits > 0) == (labels > 0.5)).sum()
+            found = [largest, len(labels), signs, labels.numel(), (labels.sum(1) != 1).sum()]
+        self.counts += torch.tensor([float(x) for x in found], dtype=torch.float64)
+
+    @property
+    def fraction(self) -> float:
+        """Right over all: of images, or of labels where an image may have several.
+
+        Raises:
+            DataError: nothing was counted.
+        """
+        images, all_images, signs, all_signs, shared = self.counts.tolist()
+        right, total = (signs, all_signs) if shared else (images, all_images)
+        if not total:
+            raise DataError("expected a loader that yields images to judge by, got an empty one")
+        return right / total
+
+
+def check_fit(logits: Any, labels: Tensor) -> None:
+    """Raise unless these logits can be judged by these labels."""
     if not isinstance(logits, Tensor):
         raise ModelError(
             f"expected a model that returns one tensor of logits, got {type(logits).__name__}; "
@@ -58,17 +93,14 @@ def hits_of(logits: Any, labels: Tensor) -> Tensor:
         )
     if len(logits) != len(labels) or logits.ndim < 2:
         raise DataError(f"expected logits [N, classes] for {len(labels)} labels, got {list(logits.shape)}")
-    if labels.ndim == 1:
-        if labels.is_floating_point():
-            raise DataError(f"expected class ids as integers, got {labels.dtype}")
-        if int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
-            raise DataError(
-                f"expected class ids from 0 to {logits.shape[1] - 1} for this model, "
-                f"got {int(labels.min())} to {int(labels.max())}"
-            )
-        return (logits.argmax(1) == labels).float()
-    if labels.shape != logits.shape:
-        raise DataError(f"expected targets of the logits' shape {list(logits.shape)}, got {list(labels.shape)}")
-    if bool((labels.sum(1) == 1).all()):
-        return (logits.argmax(1) == labels.argmax(1)).float()
-    return ((logits > 0) == (labels > 0.5)).float()
+    if labels.ndim != 1:
+        if labels.shape != logits.shape:
+            raise DataError(f"expected targets of the logits' shape {list(logits.shape)}, got {list(labels.shape)}")
+        return
+    if labels.is_floating_point():
+        raise DataError(f"expected class ids as integers, got {labels.dtype}")
+    if int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
+        raise DataError(
+            f"expected class ids from 0 to {logits.shape[1] - 1} for this model, "
+            f"got {int(labels.min())} to {int(labels.max())}"
+        )

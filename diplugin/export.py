@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .accuracy import hits_of
-from .errors import DataError, ModelError, UserError
+from .accuracy import Tally
+from .errors import ModelError, UserError
 from .features import GetLabels, device_of, labels_of
 from .groups import first_line, traceable
 from .plan import PruningPlan
@@ -157,18 +157,15 @@ def onnx_accuracy(
     session = _session(source, threads)
     shape = session.get_inputs()[0].shape
     fixed = shape[0] if shape and isinstance(shape[0], int) else None
-    right = total = 0.0
+    tally = Tally()
     for batch in loader:
         labels = get_labels(batch).cpu()
         images = batch[0] if isinstance(batch[0], (tuple, list)) else (batch[0],)
         for start in range(0, len(labels), fixed or max(1, len(labels))):
             part = labels[start : start + (fixed or len(labels))]
             rows = [_padded(x[start : start + len(part)], fixed or len(part)) for x in images]
-            hits = hits_of(torch.from_numpy(_run(session, rows)[0][: len(part)]), part)
-            right, total = right + float(hits.sum()), total + hits.numel()
-    if not total:
-        raise DataError("expected a loader of (inputs, labels) batches, got none at all")
-    return right / total
+            tally.add(torch.from_numpy(_run(session, rows)[0][: len(part)]), part)
+    return tally.fraction
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

@@ -1,0 +1,70 @@
+"""Accuracy: every kind of labels by hand, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diplugin.accuracy import accuracy, check_fit
+from diplugin.errors import DataError, ModelError
+
+LOGITS = torch.tensor([[2.0, 1.0, -1.0], [0.0, 3.0, 1.0], [-1.0, 0.5, 0.0], [1.0, 1.5, 2.0]])
+
+
+class Table(nn.Module):
+    """Gives the rows of a table, asked by their numbers; dropout would ruin them in training mode."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows, self.drop = nn.Parameter(rows), nn.Dropout(0.99)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.drop(self.rows[ids])
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (torch.tensor([0, 1, 2, 2]), 3 / 4),
+        (torch.eye(3)[torch.tensor([0, 1, 2, 2])], 3 / 4),
+        (torch.tensor([[1, 1, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1]]), 8 / 12),
+    ],
+    ids=["class ids", "one-hot", "multi-label"],
+)
+def test_by_hand_whatever_the_batches(labels: Tensor, expected: float, size: int) -> None:
+    """Also where some batches of multi-label data have one label an image, and look one-hot."""
+    ids = torch.arange(4)
+    model = Table(LOGITS).train()
+    model.drop.eval()
+    batches = list(zip(ids.split(size), labels.split(size), strict=True))
+    assert accuracy(model, batches) == pytest.approx(expected)
+    assert model.training and not model.drop.training
+
+
+def test_other_forms_of_batches_and_outputs() -> None:
+    batches = [{"image": torch.arange(4), "truth": torch.tensor([0, 1, 1, 2])}]
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return {"logits": model(batch["image"])}["logits"]
+
+    assert accuracy(Table(LOGITS), batches, get_labels=lambda b: b["truth"], forward=forward) == 1.0
+
+
+def test_what_cannot_be_judged() -> None:
+    ids = torch.arange(4)
+    with pytest.raises(DataError, match="an empty one"):
+        accuracy(Table(LOGITS), [])
+    with pytest.raises(DataError, match="ids from 0 to 2 for this model, got 0 to 3"):
+        accuracy(Table(LOGITS), [(ids, ids)])
+    with pytest.raises(DataError, match="integers"):
+        check_fit(LOGITS, torch.ones(4))
+    with pytest.raises(DataError, match="4 labels"):
+        check_fit(LOGITS[:3], ids)
+    with pytest.raises(DataError, match="shape"):
+        check_fit(LOGITS, torch.ones(4, 2))
+    with pytest.raises(ModelError, match="one tensor of logits, got dict"):
+        check_fit({"logits": LOGITS}, ids)
