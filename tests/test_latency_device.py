@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from diplugin.errors import TableError
 from diplugin.latency import device
-from diplugin.latency.finish import table_from_rows
+from diplugin.latency.finish import finish, table_from_rows
 from diplugin.latency.plan import ProfilePlan, Protocol, add_entries
 from diplugin.tables import OpKey, Setting
 
@@ -407,3 +408,78 @@ def test_trtexec_times_and_version() -> None:
     for text in ("", "{}", "[]", '[{"latencyMs": 1}]', '[{"computeMs": -1}]', '[{"computeMs": "x"}]', "[[]]", "null"):
         with pytest.raises(device.ProfileError):
             device.trtexec_times(text)
+
+
+def rewritten(bundle: Path, change: Callable[[Any], None]) -> Path:
+    """A bundle whose plan was changed by somebody who also mended its hash."""
+    with zipfile.ZipFile(bundle) as archive:
+        held = {name: archive.read(name) for name in archive.namelist()}
+    plan = json.loads(held["plan.json"])
+    change(plan)
+    plan["sha256"] = device.plan_sha256(plan)
+    held["plan.json"] = device.canonical(plan).encode()
+    with zipfile.ZipFile(bundle, "w") as archive:
+        for name, data in held.items():
+            archive.writestr(name, data)
+    return bundle
+
+
+HOSTILE: dict[str, Callable[[Any], Any]] = {
+    "no setting": lambda p: p.pop("setting"),
+    "threads as text": lambda p: p["setting"].update(threads="2"),
+    "no threads": lambda p: p["setting"].update(threads=0),
+    "a runtime that is a list": lambda p: p["setting"].update(runtime=[]),
+    "an unknown optimisation": lambda p: p["setting"].update(graph_optimization="utmost"),
+    "a name with a control character": lambda p: p.update(name="a\x1b[2J"),
+    "endless rounds": lambda p: p["protocol"].update(rounds=10**12),
+    "no rounds": lambda p: p["protocol"].update(rounds=0),
+    "a pause of years": lambda p: p["protocol"].update(pause_s=1e9),
+    "a protocol without chunks": lambda p: p["protocol"].pop("chunk"),
+    "jobs that are a number": lambda p: p.update(jobs=3),
+    "no jobs": lambda p: p.update(jobs=[]),
+    "a job that is a text": lambda p: p["jobs"].append("job"),
+    "a job twice": lambda p: p["jobs"].append(p["jobs"][0]),
+    "an unknown kind": lambda p: p["jobs"][2].update(kind="shell"),
+    "a blob elsewhere": lambda p: p["jobs"][2].update(blob="../../etc/passwd"),
+    "an input that fills the memory": lambda p: p["jobs"][2].update(inputs=[["x", [1 << 20, 1 << 20], "float32"]]),
+    "a negative shape": lambda p: p["jobs"][2].update(inputs=[["x", [-1], "float32"]]),
+    "inputs that are no triples": lambda p: p["jobs"][2].update(inputs=[["x"]]),
+    "a sentinel that is nobody": lambda p: p.update(sentinel="x"),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_plan_that_makes_no_sense_is_one_line_though_its_hash_is_right(
+    change: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    bundle = rewritten(small_plan(2).save(tmp_path / "b.pyz"), change)
+    with pytest.raises(device.ProfileError, match="profile plan") as error:
+        device.Bundle(bundle)
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
+
+
+def test_a_graph_that_the_runtime_refuses_is_named(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise RuntimeError("ONNX Runtime only guarantees support for opset 15\nand more")
+
+    with pytest.raises(device.ProfileError, match=r"does not run .* opset 15") as error:
+        run(small_plan(2), tmp_path / "j", Idle(refuse))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key", [[], ["conv"], ["conv", 8, 8, [1, 1], [1, 1], [0, 0], [1, 1], 3, [2, 2], "", 1, "float32", "NCHW"], "x" * 13]
+)
+def test_a_plan_whose_keys_are_no_operators_makes_no_table(key: Any, tmp_path: Path) -> None:
+    plan = small_plan(2)
+    document = plan.plan
+    next(job for job in document["jobs"] if job["kind"] == "entry")["detail"]["key"] = key
+    document["sha256"] = device.plan_sha256(document)
+    journal = device.Journal(str(tmp_path / "j"), document)
+    journal.start({})
+    for row in run(plan, tmp_path / "rows").rows.values():
+        journal.add(row)
+    journal.close()
+    with pytest.raises(TableError, match="plan and profile again") as error:
+        finish(document, tmp_path / "j")
+    assert "\n" not in str(error.value)

@@ -32,6 +32,15 @@ PLAN_FORMAT = "diplugin-profile-plan"
 SCHEMA = 1
 DRIFT, MAX_CV = 0.05, 0.05
 WAIT_S = 1.0
+KINDS = ("sentinel", "call", "edge", "probe", "entry", "net")
+COUNTS = ("rounds", "runs", "min_runs", "chunk", "patience", "pauses")
+DURATIONS = ("round_ms", "warmup_ms", "gap_ms", "pause_s")
+LEVELS = {
+    "disable": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
 ROW_FIELDS = (
     "attempts",
     "cpu_ms",
@@ -104,7 +113,49 @@ def checked_plan(plan):
         raise ValueError(f"its schema is {str(plan.get('schema'))[:20]} and this version reads {SCHEMA}")
     if plan_sha256(plan) != plan.get("sha256"):
         raise ValueError("its plan does not match its SHA-256")
+    try:
+        check_plan_fields(plan)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its plan is incomplete ({first_line(error)})") from None
     return plan
+
+
+def check_plan_fields(plan):
+    """Types and ranges of all that is used here: a hash says that a plan is whole, not that it makes sense."""
+    setting, protocol, jobs = plan["setting"], plan["protocol"], plan["jobs"]
+    words = [plan["name"], *(setting[name] for name in ("runtime", "version", "provider", "graph_optimization"))]
+    if not all(type(word) is str and len(word) <= 200 and word.isprintable() for word in words):
+        raise ValueError("its name or setting is no short text")
+    if setting["graph_optimization"] not in LEVELS:
+        raise ValueError(f"its graph optimisation is none of {', '.join(LEVELS)}")
+    counts = {"threads": setting["threads"], **{n: protocol[n] for n in COUNTS}}
+    for name, value in counts.items():
+        if type(value) is not int or not (0 if name == "pauses" else 1) <= value <= 1 << 20:
+            raise ValueError(f"{name} is no plausible count")
+    for name in DURATIONS:
+        if type(protocol[name]) not in (int, float) or not 0 <= protocol[name] < 3.6e6:
+            raise ValueError(f"{name} is no plausible duration")
+    for job in jobs:
+        check_job(job)
+    ids = [job["id"] for job in jobs]
+    if len(set(ids)) != len(ids) or plan["sentinel"] not in ids:
+        raise ValueError("its jobs are named twice or lack the sentinel")
+
+
+def check_job(job):
+    if type(job["id"]) is not str or job["kind"] not in KINDS or type(job["detail"]) is not dict:
+        raise ValueError("one of its jobs is none that is known here")
+    digest, _, ending = job["blob"].partition(".")
+    if len(digest) != 64 or set(digest) - set("0123456789abcdef") or ending != "onnx":
+        raise ValueError("one of its jobs names no graph of the bundle")
+    for name, shape, dtype in job["inputs"]:
+        size = 1
+        for side in shape:
+            if type(side) is not int or not 0 <= side <= 1 << 24:
+                raise ValueError("one of its inputs has no plausible shape")
+            size *= side
+        if type(name) is not str or type(dtype) is not str or len(dtype) > 20 or size > 1 << 30:
+            raise ValueError("one of its inputs is none that fits")
 
 
 def plan_sha256(plan):
@@ -386,14 +437,6 @@ def throttled():
 # ------------------------------------------------------------------------------------------------ runtimes
 
 
-LEVELS = {
-    "disable": "ORT_DISABLE_ALL",
-    "basic": "ORT_ENABLE_BASIC",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "all": "ORT_ENABLE_ALL",
-}
-
-
 class OnnxRuntime:
     """Sessions of ONNX Runtime with the plan's setting."""
 
@@ -645,8 +688,17 @@ class Profiler:
         return floor_of(sentinel.judged)
 
     def timer(self, job):
-        run = self.runtime.load(self.bundle.blob(job["blob"]), job["inputs"])
-        return Timer(job, run, self.protocol, self.thread_clock)
+        try:
+            run = self.runtime.load(self.bundle.blob(job["blob"]), job["inputs"])
+            return Timer(job, run, self.protocol, self.thread_clock)
+        except ProfileError:
+            raise
+        except Exception as error:
+            what = f"{job['kind']} {str(job['detail'].get('key') or job['detail'].get('name') or '')[:120]}".strip()
+            raise ProfileError(
+                f"the graph of {what} does not run in this device's runtime {self.runtime.version} "
+                f"({first_line(error)}): update the runtime, or plan again without it"
+            ) from None
 
 
 def chunks(jobs, size):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TableError
+from ..table_format import document_from_table, table_from_document
 from ..tables import Alignment, Entry, LatencyTable, NetTiming, OpKey, Setting
 from . import device
 from .calibration import MIN_NETS, calibrate, measured_alignment
@@ -31,7 +32,7 @@ def finish(plan: Mapping[str, Any], journal: str | Path, *, name: str = "", devi
         device_name: the device in words; what it said about itself by default.
 
     Raises:
-        TableError: the journal is damaged, of another plan, or lacks rows.
+        TableError: the journal is damaged, of another plan, or lacks rows; or plan and rows make no sense together.
     """
     try:
         header, rows = device.read_journal(str(journal))
@@ -45,7 +46,13 @@ def finish(plan: Mapping[str, Any], journal: str | Path, *, name: str = "", devi
     if missing:
         raise TableError(f"the journal {str(journal)!r} lacks {len(missing)} of {len(plan['jobs'])} rows: run the "
                          f"bundle again with the same journal to go on")  # fmt: skip
-    return table_from_rows(plan, rows, header["provenance"], name=name, device_name=device_name)
+    try:
+        table = table_from_rows(plan, rows, header["provenance"], name=name, device_name=device_name)
+        table_from_document(document_from_table(table))  # what is written must load again
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise TableError(f"expected rows and a plan that give a table, but {reason}: plan and profile again") from None
+    return table
 
 
 def load_bundle(path: str | Path) -> device.Bundle:
