@@ -3,7 +3,7 @@
     python benchmarks/import_time.py [--rounds 5] [--json OUT]
 
 `diplugin` names its public face lazily, so the second row is what a program pays that imports it and uses nothing; the
-others are what the first use of a part brings with it. torch-pruning, which everything that traces needs, is shown apart.
+others are what the first use of a part brings with it; torch-pruning, which all that traces needs, is shown apart.
 """
 
 from __future__ import annotations
