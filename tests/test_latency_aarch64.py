@@ -27,7 +27,7 @@ QUICK = Protocol(
     rounds=2, runs=2, min_runs=1, round_ms=0.2, warmup_ms=0.0, chunk=4, patience=1, gap_ms=0.0, pause_s=0.0, pauses=0
 )
 INPUTS = (torch.zeros(1, 3, 8, 8),)
-SECONDS = 150
+SECONDS = 600
 
 pytestmark = [
     pytest.mark.slow,
