@@ -20,6 +20,7 @@ def table_info(table: LatencyTable) -> dict[str, Any]:
         "setting": table.setting.text,
         "origin": table.origin,
         "emulated": table.emulated,
+        "dtype": table.dtype,
         "entries": len(table.entries),
         "alignment": f"multiples of {table.alignment.step}" if table.alignment.step > 1 else "none measured",
         "calibration": None if fit is None else asdict(fit),
