@@ -7,7 +7,7 @@ Three ways to 50 and 30 % of ResNet-20's MACs, each with E epochs in all: *one s
 unpruned network; *structure distillation*, S - 1 lessons of one epoch between S cuts and the rest of the epochs behind
 the last one; and *its structure at once*, what structure distillation ended with, cut out of the unpruned network in
 one go, repaired, and fine-tuned for E epochs on the labels alone or with the teacher. `--variants` adds other settings
-of structure distillation (no new scores, other lessons, another schedule) and one shot with feature matching.
+of structure distillation (new scores at every step, other lessons, another schedule) and other recoveries of one shot.
 
 Every row goes through `diplugin.compress`. Judged on training images that nobody trains on; `--judge test` reads the
 test images instead, for the last word. Rows found in OUT are kept.
@@ -110,7 +110,7 @@ WAYS = (
 )  # fmt: skip
 VARIANTS = (
     one_shot("one shot, features matched", FeatureDistillation), one_shot("one shot, labels alone", FineTuning),
-    gradual("gradual, scores of the unpruned network", FeatureDistillation, rescore=False),
+    gradual("gradual, scored anew at every step", FeatureDistillation, rescore=True),
     gradual("gradual, lessons without features", Distillation),
     gradual("gradual, lessons of labels alone", FineTuning),
     gradual("gradual, linear schedule", FeatureDistillation, Linear),

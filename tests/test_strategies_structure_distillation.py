@@ -272,7 +272,7 @@ def test_a_search_goes_on_from_where_another_ended(trained: nn.Module, loader: A
 # --- the strategy ---
 
 
-STEPS = StructureDistillation(Geometric(3), lesson=FeatureDistillation(epochs=2, lr=0.01))
+STEPS = StructureDistillation(Geometric(3), lesson=FeatureDistillation(epochs=2, lr=0.01), rescore=True)
 
 
 @pytest.fixture(scope="module")
@@ -322,10 +322,10 @@ def test_without_lessons_the_weights_are_the_unpruned_ones(trained: nn.Module, l
 def test_numbers_stay_those_of_the_unpruned_network(make_net: MakeNet, make_images: Any, kind: str) -> None:
     """Blocks of grouped convolutions, concatenations, flattened maps: scored anew and cut three times over."""
     model, inputs = make_net(kind)
-    lines: list[str] = []
     result = compress(
-        model, make_images(80).loader(40), example_inputs=inputs, repairs=(Recalibrate(),), tell=lines.append,
-        budgets=[diplugin.Budget("params", fraction=0.5)], strategy=StructureDistillation(Linear(3), lesson=None),
+        model, make_images(80).loader(40), example_inputs=inputs, repairs=(Recalibrate(),),
+        budgets=[diplugin.Budget("params", fraction=0.5)],
+        strategy=StructureDistillation(Linear(3), lesson=None, rescore=True),
     )  # fmt: skip
     direct = diplugin.apply_plan(copy.deepcopy(model), result.plan, inputs)
     assert all(torch.equal(a, b) for a, b in zip(direct.parameters(), result.model.parameters(), strict=True))

@@ -1,14 +1,16 @@
 """Structure distillation: structure and weights settle together, step by step (our reading of the method).
 
 The network is pruned a little, repaired, and taught a little by the unpruned one (its logits, and its penultimate
-features inside its discriminant subspace), then scored again and pruned on, until the budgets hold. A step's limits
-come from a schedule. The last cut is followed by no lesson of its own: that is what `recovery` is for. With one step,
-what is left is one shot.
+features inside its discriminant subspace) and pruned on, until the budgets hold. A step's limits come from a schedule.
+The last cut is followed by no lesson of its own: that is what `recovery` is for. With one step, what is left is one
+shot.
 
 Every step searches in terms of the unpruned network, from what the last step left: plans compose by construction, and
-costs and budgets keep one meaning throughout. Scores of a network on its way are those of the channels that it still
-has. A repair refits the cut network to what the network said *just before the cut*, not to the unpruned one: that one's
-teaching is in its weights already, and a refit to the unpruned features would undo what the lessons moved.
+costs and budgets keep one meaning throughout. Channels are worth what they were worth to the unpruned network. Scoring
+the network on its way anew is offered and loses: it thins the wide late layers to spare the early ones (see the study
+under benchmarks/). A repair refits the cut network to what the network said *just before the cut*, not to the unpruned
+one: that one's teaching is in its weights already, and a refit to the unpruned features would undo what the lessons
+moved.
 
 A step is a function of two files, the plan and the weights that the step before left, and ends by writing its own two:
 a run that was killed goes on with the step, and within its lesson with the epoch, at which it stopped, and ends with
@@ -43,7 +45,7 @@ class StructureDistillation:
     Attributes:
         schedule: how many steps, and how far each one goes.
         lesson: training after every step but the last; None for none.
-        rescore: whether each step scores the network anew, or keeps to the unpruned one's scores.
+        rescore: whether each step scores the network anew instead of keeping to the unpruned one's scores.
 
     Raises:
         UserError: a schedule or a lesson of another kind.
@@ -51,7 +53,7 @@ class StructureDistillation:
 
     schedule: Schedule = field(default_factory=Geometric)
     lesson: FineTuning | None = field(default_factory=lambda: FeatureDistillation(epochs=1))
-    rescore: bool = True
+    rescore: bool = False
 
     def __post_init__(self) -> None:
         if not hasattr(self.schedule, "limit") or not isinstance(self.lesson, (FineTuning, type(None))):
