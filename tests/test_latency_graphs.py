@@ -188,3 +188,10 @@ def test_an_int8_net_is_8_bit_throughout_and_small(tmp_path: Path) -> None:
     assert output.shape == (2, 10) and output.dtype == np.float32 and np.isfinite(output).all()
     wide = net_graph(nn.Sequential(nn.Conv2d(512, 512, 3)).eval(), (torch.zeros(1, 512, 4, 4),), dtype="int8")
     assert len(wide[0]) < 20_000
+
+
+def test_a_model_for_the_thorough_exporter_exports_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    assert onnx.load_from_string(export_bytes(layer, (torch.zeros(1, 3, 8),), ["x"])).graph.node
+    said = capfd.readouterr()
+    assert "graph(" not in said.out + said.err

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any, Protocol
 
@@ -220,7 +222,7 @@ def export_bytes(model: Any, example_inputs: tuple[Any, ...], names: list[str]) 
     from ..modes import evaluating
 
     try:
-        with evaluating(model), warnings.catch_warnings(), torch.no_grad():
+        with evaluating(model), warnings.catch_warnings(), torch.no_grad(), _without_dumps():
             warnings.simplefilter("ignore")
             buffer: Any = io.BytesIO()
             try:
@@ -233,6 +235,22 @@ def export_bytes(model: Any, example_inputs: tuple[Any, ...], names: list[str]) 
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise ModelError(f"expected a model that exports to ONNX, got {reason}") from error
+
+
+@contextmanager
+def _without_dumps() -> Iterator[None]:
+    """Where the quick exporter cannot, torch prints the whole graph before the thorough one has its turn: not here."""
+    from torch import _C
+
+    talks: Any = getattr(_C, "_jit_onnx_log", None)
+    if talks is None:
+        yield
+        return
+    _C._jit_onnx_log = lambda *_: None
+    try:
+        yield
+    finally:
+        _C._jit_onnx_log = talks
 
 
 def hollow(proto: Any) -> None:
