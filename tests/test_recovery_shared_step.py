@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from diplugin.recovery.shared_step import Part, SharedBatchNorm, SharedStep
+from diplugin.recovery.shared_step import Part, SharedBatchNorm, SharedStep, fused_backward, plain_backward
 from diplugin.team import Team
 
 Processes = Callable[..., list[subprocess.CompletedProcess[str]]]
@@ -176,6 +176,15 @@ def test_gradients_flow_through_the_statistics() -> None:
             return F.batch_norm(args[0], None, None, args[1], args[2], True)
 
     assert torch.autograd.gradcheck(normalised, [t.double().requires_grad_() for t in (x, weight, bias)])
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3), (4, 5, 3, 2)])
+def test_the_backward_for_other_devices_is_the_fused_one(shape: tuple[int, ...]) -> None:
+    dy, x = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    scale, mean, var = (torch.rand(5, dtype=torch.float64) for _ in range(3))
+    for one, two in zip(fused_backward(dy, x, scale, mean, var, 1e-5), plain_backward(dy, x, scale, mean, var, 1e-5),
+                        strict=True):  # fmt: skip
+        torch.testing.assert_close(two, one)
 
 
 def test_in_eval_mode_nothing_is_exchanged() -> None:

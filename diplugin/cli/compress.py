@@ -37,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--align", type=positive, default=1, help="widths are multiples of this (default 1)")
     parser.add_argument("--images", type=positive, default=2000, help="training images scored (default 2000)")
     parser.add_argument("--bits", metavar="SIZE", help="also quantize, to a size such as size_mb=0.3MB")
+    parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1 (default cpu)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on with a run that was killed")
     parser.set_defaults(run=run)
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, first: bool) -> int:
     from ..costs import Budget
+    from ..features import move_to
     from ..pipeline import compress
     from ..recovery import Distillation, FineTuning
     from ..run_folder import refuse_held
@@ -66,6 +68,7 @@ def _run(args: argparse.Namespace, first: bool) -> int:
         recovery = (FineTuning if args.no_teacher else Distillation)(epochs=args.epochs, lr=args.lr)
     strategy = _strategy(args)
     model, inputs = model_of(args)
+    move_to(model, args.device)
     data = data_of(args)
     with Teller(quiet=not first) as tell:
         result = compress(
