@@ -116,6 +116,7 @@ class RunFolder:
         for name in json.loads(team.told_by_first(json.dumps(held))):
             data = team.sent_by_first((self.path / name).read_bytes() if team.rank == 0 else b"")
             if team.rank:
+                (self.path / name).parent.mkdir(parents=True, exist_ok=True)
                 (self.path / name).write_bytes(data)
 
     def finish(self) -> None:
