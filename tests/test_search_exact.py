@@ -297,6 +297,16 @@ def test_it_goes_on_from_an_earlier_plan() -> None:
     assert second.costs["macs"].base == cost.base
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_budgets_on_one_cost(order: int) -> None:
+    trace, scores = made_up([(8, 1), (8, 1)], 5)
+    cost = products(trace)
+    budgets = [Budget("macs", fraction=0.4), Budget("macs", fraction=0.9)][::order]
+    plan = EXACT(trace, FixedScores(trace.prunable, scores), [cost], budgets, ANY_WIDTH)
+    assert plan.costs["macs"].fraction <= 0.4
+    assert plan.path[-1].loss == pytest.approx(best_loss(trace, scores, [(cost, 0.4 * cost.base)]))
+
+
 def test_a_budget_that_holds_already() -> None:
     trace, scores = made_up([(4, 1)], 0)
     plan = EXACT(trace, FixedScores(trace.prunable, scores), [products(trace)], [Budget("macs", fraction=1.0)])

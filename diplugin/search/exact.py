@@ -129,10 +129,14 @@ class _Problem:
     def total(self, widths: Mapping[str, int]) -> float:
         return sum(self.loss(g, w) for g, w in widths.items())
 
-    def excess(self, model: CostModel, limit: float, widths: Mapping[str, int]) -> float:
-        """By what fraction a limit is exceeded, 0 if it holds."""
-        cost = model.cost(widths)
-        return max(0.0, cost / limit - 1) + 1e-12 if exceeds(model, limit, cost, widths) else 0.0
+    def excess(self, widths: Mapping[str, int]) -> dict[str, float]:
+        """By what fraction each cost is over its limit, over the tightest if it has several; 0 where it holds."""
+        found: dict[str, float] = {}
+        for model, limit in self.limits:
+            cost = model.cost(widths)
+            over = max(0.0, cost / limit - 1) + 1e-12 if exceeds(model, limit, cost, widths) else 0.0
+            found[model.name] = max(over, found.get(model.name, 0.0))
+        return found
 
     def plan(self, widths: Mapping[str, int]) -> PruningPlan:
         """The plan that goes to these widths and gives back what the budgets leave."""
@@ -223,7 +227,7 @@ class _Hunt:
             bound = solution.bound if bound is None else bound
             if solution.widths is None:
                 break
-            over = {m.name: self.problem.excess(m, limit, solution.widths) for m, limit in self.problem.limits}
+            over = self.problem.excess(solution.widths)
             if not any(over.values()):
                 self._take(solution.widths)
                 break
