@@ -49,7 +49,7 @@ class Sketch:
     Attributes:
         columns: at most so many columns of [N, D] enter the Gram matrix; maps with fewer are exact. None: all.
         directions: at most so many directions of the targets are followed one by one (classes that do not occur in the
-            chunk have none); of more, those are that stand out, and the rest count alike. None: all.
+            chunk have none); of more, those are that stand out, and the rest count alike. None: all, as on a GPU.
 
     Against exact scores (`benchmarks/scoring_cost.py --data`: real images on ResNet-50, and on EfficientNet-Lite0 with
     ImageNet weights) the rank correlation is ≥ .999 in every layer with ten classes, ≥ .996 with a thousand logits.
