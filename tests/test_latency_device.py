@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -371,13 +372,15 @@ def test_trtexec_stands_behind_the_same_schema(tmp_path: Path, monkeypatch: pyte
     tool.chmod(0o755)
     monkeypatch.setenv("TRTEXEC", str(tool))
     plan = ProfilePlan("jetson", Setting("trtexec", "", "TensorRT-fp16", "all", 1), FAST)
-    add_entries(plan, [OpKey("conv", 8, 8, (1, 1), (1, 1), (0, 0), (1, 1), 1, (2, 2))])
+    key = OpKey("conv", 8, 8, (1, 1), (1, 1), (0, 0), (1, 1), 1, (2, 2))
+    add_entries(plan, [key, replace(key, dtype="int8")])
     rows = device.profile(device.Bundle(plan.save(tmp_path / "b.pyz")), str(tmp_path / "j")).rows
     assert plan.count("edge") == 0 and set(rows) == ids(plan)
     assert all(row["wall_ms"] == 0.4 for row in rows.values())
     calls = (tmp_path / "calls").read_text().splitlines()
     assert sum("--onnx=" in call for call in calls) and all("--fp16" in call for call in calls if "--onnx=" in call)
     assert sum("--loadEngine=" in call for call in calls)
+    assert sum("--int8" in call for call in calls) == 1, "the one engine with quantized layers"
     table = table_from_rows(plan.plan, rows, device.read_journal(str(tmp_path / "j"))[0]["provenance"])
     assert table.setting.version == "8.5.2"
 

@@ -78,7 +78,7 @@ def test_every_kind_of_operator_runs_and_has_the_keys_output_size(key: OpKey, de
         assert output.shape == ((1, 5) if key.size == (1,) else (1, *key.size, 5))
     else:
         assert output.shape == (1, key.cout, *key.output_size)
-    assert output.dtype == (np.uint8 if key.dtype == "int8" else np.float32)
+    assert output.dtype == (np.uint8 if key.dtype == "int8" and not dense else np.float32)
 
 
 def test_activations_stay_near_one_so_that_no_denormals_slow_the_timing() -> None:
@@ -153,6 +153,15 @@ def kinds(graph: tuple[bytes, list[list[Any]]], tmp_path: Path) -> list[str]:
 def test_an_int8_operator_is_one_8_bit_kernel(key: OpKey, fused: str, tmp_path: Path) -> None:
     found = kinds(operator_graph(key), tmp_path)
     assert fused in found and not {"Conv", "FusedConv", "Gemm", "MatMul", "DequantizeLinear"} & set(found)
+
+
+def test_for_tensorrt_activations_are_signed_and_biases_float() -> None:
+    graph = onnx.load_from_string(operator_graph(conv(16, 32, activation="relu", dtype="int8"), dense=True)[0]).graph
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    zeros = {kinds[node.input[2]] for node in graph.node if "Linear" in node.op_type}
+    assert zeros == {onnx.TensorProto.INT8}
+    weighted = next(node for node in graph.node if node.op_type == "Conv")
+    assert kinds[weighted.input[2]] == onnx.TensorProto.FLOAT
 
 
 def test_int8_edges_are_what_surrounds_a_convolution(tmp_path: Path) -> None:

@@ -491,7 +491,7 @@ class TrtexecGraph:
     """One graph: `times` runs it and gives milliseconds of GPU compute of each run."""
 
     def __init__(self, command, blob, half):
-        self.command, self.half = command, half
+        self.command, self.half, self.eight_bit = command, half, b"QuantizeLinear" in blob
         self.folder = tempfile.mkdtemp()
         with open(self.path("model.onnx"), "wb") as file:
             file.write(blob)
@@ -513,6 +513,7 @@ class TrtexecGraph:
                 "--onnx=" + self.path("model.onnx"),
                 "--saveEngine=" + engine,
                 *(["--fp16"] if self.half else []),
+                *(["--int8"] if self.eight_bit else []),
             ]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
         if done.returncode != 0:

@@ -25,7 +25,7 @@ def operator_graph(key: OpKey, *, dense: bool = False) -> tuple[bytes, list[list
     """A graph of one operator with its activation, and the inputs to feed: [[name, shape, dtype]].
 
     Args:
-        key: what to build; "int8" gives quantize-dequantize form with 8-bit edges, which runtimes fuse.
+        key: what to build; "int8" gives quantize-dequantize form, which runtimes fuse, with 8-bit edges unless dense.
         dense: store weights as they are, for runtimes that want initializers (TensorRT).
 
     Raises:
@@ -33,11 +33,11 @@ def operator_graph(key: OpKey, *, dense: bool = False) -> tuple[bytes, list[list
     """
     builder, shape = _Builder(dense), _input_shape(key)
     y = builder.activation(key.activation, builder.weighted(key, "x"))
-    return builder.finish(shape, y, key.dtype), [["x", list(shape), _edge_type(key.dtype)]]
+    return builder.finish(shape, y, key.dtype), [["x", list(shape), _edge_type(key.dtype, dense)]]
 
 
-def _edge_type(dtype: str) -> str:
-    return "uint8" if dtype == "int8" else "float32"
+def _edge_type(dtype: str, dense: bool = False) -> str:
+    return "uint8" if dtype == "int8" and not dense else "float32"
 
 
 def edge_graph(
@@ -190,7 +190,7 @@ class _Builder:
         )  # fmt: skip
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR)
         if dtype == "int8":
-            quantize_graph(model, edges=True, dense=self.dense)
+            quantize_graph(model, edges=not self.dense, dense=self.dense)
         return model.SerializeToString()
 
 

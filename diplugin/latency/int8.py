@@ -28,7 +28,7 @@ def quantize_graph(proto: Any, *, edges: bool, dense: bool = False) -> None:
     Args:
         proto: a model without its own quantization; weights as initializers or `ConstantOfShape`.
         edges: inputs and outputs are uint8 themselves; otherwise they stay float and are converted in the graph.
-        dense: store weights as they are, for runtimes that want initializers.
+        dense: for TensorRT: weights stored as they are, activations signed, biases left in float.
     """
     _Quantizer(proto, edges, dense).run()
 
@@ -38,6 +38,7 @@ class _Quantizer:
         import onnx
 
         self.graph, self.edges, self.dense = proto.graph, edges, dense
+        self.kind = "int8" if dense else "uint8"
         known = onnx.shape_inference.infer_shapes(proto).graph
         typed = [*known.input, *known.value_info, *known.output]
         self.floats = {v.name for v in typed if v.type.tensor_type.elem_type == _FLOAT}
@@ -90,20 +91,22 @@ class _Quantizer:
         return not fused and any(kind in _EIGHT_BIT for kind in (writer.op_type, *kinds))
 
     def _pair(self, name: str) -> None:
-        self._make("QuantizeLinear", [name, self._scale(), self._zero("uint8")], name + "/q")
+        self._make("QuantizeLinear", [name, self._scale(), self._zero(self.kind)], name + "/q")
         self.renamed[name] = self._dequantized(name + "/q", name)
 
     def _dequantized(self, name: str, stem: str = "") -> str:
-        return self._make("DequantizeLinear", [name, self._scale(), self._zero("uint8")], (stem or name) + "/dq")
+        return self._make("DequantizeLinear", [name, self._scale(), self._zero(self.kind)], (stem or name) + "/dq")
 
     def _node(self, node: Any) -> None:
         """The node with its inputs exchanged for what they have become."""
         inputs = []
         for place, name in enumerate(node.input):
-            if name in self.shapes and node.op_type in _WEIGHTED and place > 0:
-                inputs.append(self._weight(name, "int8" if place == 1 else "int32"))
+            if name in self.shapes and node.op_type in _WEIGHTED and place == 1:
+                inputs.append(self._weight(name, "int8"))
+            elif name in self.shapes and node.op_type in _WEIGHTED and place == 2 and not self.dense:
+                inputs.append(self._weight(name, "int32"))
             elif name in self.shapes and node.op_type in ("Add", "Mul", "Concat"):
-                inputs.append(self._weight(name, "uint8"))
+                inputs.append(self._weight(name, self.kind))
             else:
                 inputs.append(self.renamed.get(name, name))
         del node.input[:]
