@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from diplugin.errors import PlanError
@@ -363,6 +363,7 @@ BUDGET = st.fixed_dictionaries({
 @given(stages=st.lists(FIGURES, min_size=1, max_size=4), budgets=st.lists(BUDGET, max_size=3),
        path=st.lists(st.tuples(st.floats(0, 1e30), st.floats(-1e30, 1e30)), max_size=4),
        scores=st.lists(st.floats(-1e30, 1e30), min_size=8, max_size=8), di=st.floats(-5, 5))  # fmt: skip
+@example(stages=[dict.fromkeys(KEYS, 0.0), dict.fromkeys(KEYS, 1.7e308)], budgets=[], path=[], scores=[0.0] * 8, di=0.0)
 def test_any_finite_figures_make_a_page(
     tmp_path: Path, stages: list[dict[str, Any]], budgets: list[dict[str, Any]], path: list[tuple[float, float]],
     scores: list[float], di: float,

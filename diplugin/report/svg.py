@@ -7,6 +7,7 @@ alone as a file with the same style inside. Everything that comes from outside i
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -155,12 +156,20 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear map from [low, high] to [start, end] in pixels."""
+    """A linear map from [low, high] to [start, end] in pixels.
+
+    Room around figures near the largest float would be infinite: the ends stay where their distance is a number.
+    """
 
     low: float
     high: float
     start: float
     end: float
+
+    def __post_init__(self) -> None:
+        most = sys.float_info.max / 4
+        object.__setattr__(self, "low", min(max(self.low, -most), most))
+        object.__setattr__(self, "high", min(max(self.high, -most), most))
 
     def __call__(self, number: float) -> float:
         span = self.high - self.low
