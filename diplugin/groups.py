@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import gcd
@@ -57,6 +57,11 @@ class GroupMember:
     channels: tuple[int, ...]
     roots: tuple[int, ...]
     kind: str = "weighted"
+
+    def channels_of(self, roots: Collection[int]) -> list[int]:
+        """This side's channels that belong to these root channels."""
+        wanted = set(roots)
+        return [c for c, root in zip(self.channels, self.roots, strict=True) if root in wanted]
 
 
 @dataclass(frozen=True)

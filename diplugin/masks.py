@@ -112,8 +112,7 @@ def follower_masks(groups: Iterable[ChannelGroup], dead: Dead, widths: Mapping[s
         gone = set(gone_roots(group, dead))
         for member in group.members:
             if member.side == "out" and member.layer in result and gone:
-                silent = [c for c, r in zip(member.channels, member.roots, strict=True) if r in gone]
-                result[member.layer][silent] = 0.0
+                result[member.layer][member.channels_of(gone)] = 0.0
     return result
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -126,6 +126,14 @@ class NetworkTrace:
         """How wide a layer side of `channels` unpruned channels is, as a function of the groups' widths."""
         parts = tuple(self._owned.get((layer, side), ()))
         return Width(channels - sum(per_root * self.by_name[g].channels for g, per_root in parts), parts)
+
+    def channels_of(self, roots: Mapping[str, Collection[int]], side: Side) -> dict[str, set[int]]:
+        """Convolution or linear layer -> its channels on one side that belong to these root channels of groups."""
+        found: dict[str, set[int]] = {}
+        for group in self.prunable:
+            for member in group.side(side, ("weighted", "depthwise")):
+                found.setdefault(member.layer, set()).update(member.channels_of(roots.get(group.name, ())))
+        return found
 
 
 def trace_network(model: nn.Module, example_inputs: tuple[Any, ...], *, verify: bool = True) -> NetworkTrace:
@@ -297,7 +305,7 @@ def silence(model: nn.Module, groups: Iterable[ChannelGroup], removed: Mapping[s
     for group in groups:
         gone = set(removed.get(group.name, ()))
         for m in group.side("in"):
-            channels = [c for c, r in zip(m.channels, m.roots, strict=True) if r in gone]
+            channels = m.channels_of(gone)
             module: Any = modules[m.layer]
             with torch.no_grad():
                 if getattr(module, "groups", 1) > 1:

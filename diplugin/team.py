@@ -57,25 +57,13 @@ class Team:
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Every tensor becomes the sum of everybody's, in place; the same bits in all processes."""
-        if self.size == 1:
-            return
-        for dtype in dict.fromkeys(t.dtype for t in tensors):
-            same = [t for t in tensors if t.dtype == dtype]
-            flat = _where_it_travels(torch.cat([t.detach().reshape(-1) for t in same]))
-            with _connected():
-                dist.all_reduce(flat)
-            _deal_out(flat, same)
+        if self.size > 1:
+            _exchange(tensors, dist.all_reduce)
 
     def follow_first(self, tensors: Sequence[Tensor]) -> None:
         """Every tensor becomes that of the first process, in place."""
-        if self.size == 1:
-            return
-        for dtype in dict.fromkeys(t.dtype for t in tensors):
-            same = [t for t in tensors if t.dtype == dtype]
-            flat = _where_it_travels(torch.cat([t.detach().reshape(-1) for t in same]))
-            with _connected():
-                dist.broadcast(flat, 0)
-            _deal_out(flat, same)
+        if self.size > 1:
+            _exchange(tensors, lambda flat: dist.broadcast(flat, 0))
 
     def told_by_first(self, text: str) -> str:
         """The text that the first process has, in all of them."""
@@ -279,7 +267,13 @@ def _where_it_travels(tensor: Tensor) -> Tensor:
     return tensor.cpu()
 
 
-def _deal_out(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+def _exchange(tensors: Sequence[Tensor], carry: Callable[[Tensor], Any]) -> None:
+    """Every tensor becomes what a collective makes of it, in place; those of one type travel as one."""
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        same = [t for t in tensors if t.dtype == dtype]
+        flat = _where_it_travels(torch.cat([t.detach().reshape(-1) for t in same]))
+        with _connected():
+            carry(flat)
+        with torch.no_grad():
+            for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
+                tensor.copy_(part.view_as(tensor))

@@ -17,8 +17,9 @@ import os, sys, torch
 from safetensors.torch import save_file
 from torch import nn
 from diplugin.errors import DipluginError
-from diplugin.features import Observation, UntilStable, process_group, score_points
+from diplugin.features import Observation, UntilStable, score_points
 from diplugin.taps import TapPoint
+from diplugin.team import process_group
 
 out, batch, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 torch.manual_seed(0)

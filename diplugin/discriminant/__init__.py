@@ -11,8 +11,7 @@ channel of a layer. Everything here is divided by ‖Y‖²: DI lies in [0, 1), 
 unit, the fraction of label variance.
 
 `exact` and `removal` hold the functions for features at hand, in float64; `streaming` the form that runs inside a
-forward hook without a copy of the maps; `directions` the few in which classes
-differ; `targets` turns labels into Y.
+forward hook without a copy of the maps; `directions` the few in which classes differ; `targets` turns labels into Y.
 
 DI is due to Hou & Kung, "A Feature-map Discriminant Perspective for Pruning Deep Neural Networks" (arXiv 2005.13796);
 the algebra of scores and losses is our reading of it.

@@ -7,7 +7,6 @@ what it cost (`profile`) if one is wanted.
 
 from __future__ import annotations
 
-from ..team import Team, process_group
 from .batches import (
     CHUNK_SIZE,
     Forward,
@@ -33,7 +32,6 @@ __all__ = [
     "Observation",
     "Scene",
     "ScoreProfile",
-    "Team",
     "UntilStable",
     "batch_length",
     "chunks",
@@ -42,7 +40,6 @@ __all__ = [
     "labels_of",
     "move_to",
     "observing",
-    "process_group",
     "rank_correlation",
     "reliability",
     "score_points",

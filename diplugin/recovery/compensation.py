@@ -106,15 +106,8 @@ def compensate(
 
 
 def _readers(model: nn.Module, trace: NetworkTrace, plan: PruningPlan) -> list[_Reader]:
-    removed = plan.removed
-    gone: dict[str, set[int]] = {}
-    for group in trace.prunable:
-        lost = set(removed.get(group.name, ()))
-        for m in group.side("in"):
-            columns = {c for c, r in zip(m.channels, m.roots, strict=True) if r in lost}
-            gone.setdefault(m.layer, set()).update(columns)
     readers = []
-    for name, columns in gone.items():
+    for name, columns in trace.channels_of(plan.removed, "in").items():
         module: Any = model.get_submodule(name)
         width = getattr(module, "in_channels", None) or getattr(module, "in_features", 0)
         if columns and getattr(module, "groups", 1) == 1 and width <= _MAX_CHANNELS and len(columns) < width:

@@ -97,12 +97,7 @@ def classifier_of(trace: NetworkTrace) -> str:
 
 def _kept_inputs(trace: NetworkTrace, plan: PruningPlan, layer: str) -> list[int]:
     """The unpruned layer's input channels that the plan keeps."""
-    gone, removed = set(), plan.removed
-    for group in trace.prunable:
-        lost = set(removed.get(group.name, ()))
-        for member in group.side("in"):
-            if member.layer == layer:
-                gone |= {c for c, root in zip(member.channels, member.roots, strict=True) if root in lost}
+    gone = trace.channels_of(plan.removed, "in").get(layer, ())
     width = next(spec.in_channels for spec in trace.layers if spec.name == layer)
     return [c for c in range(width) if c not in gone]
 

@@ -119,7 +119,7 @@ def _gather(loader: Iterable[Any], images: int) -> Any:
 
 
 def _sites(model: nn.Module, trace: NetworkTrace, plan: PruningPlan, images: int, samples: int) -> dict[str, Site]:
-    gone = _removed_outputs(trace, plan)
+    gone = trace.channels_of(plan.removed, "out")
     calls = [layer.name for layer in trace.layers]
     draw = torch.Generator().manual_seed(0)
     sites = {}
@@ -135,18 +135,6 @@ def _sites(model: nn.Module, trace: NetworkTrace, plan: PruningPlan, images: int
         norm = behind.name if behind is not None and normalised and _is_batch_norm(model, behind.name) else None
         sites[layer.name] = Site(layer, order, torch.tensor(kept), norm, positions)
     return sites
-
-
-def _removed_outputs(trace: NetworkTrace, plan: PruningPlan) -> dict[str, set[int]]:
-    removed = plan.removed
-    gone: dict[str, set[int]] = {}
-    for group in trace.prunable:
-        lost = set(removed.get(group.name, ()))
-        for m in group.members:
-            if m.side == "out":
-                channels = (c for c, r in zip(m.channels, m.roots, strict=True) if r in lost)
-                gone.setdefault(m.layer, set()).update(channels)
-    return gone
 
 
 def _is_batch_norm(model: nn.Module, name: str) -> bool:

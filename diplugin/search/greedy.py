@@ -67,18 +67,7 @@ def greedy_search(
 class GreedySearch:
     """`greedy_search` as an object, to be handed to whatever takes a search."""
 
-    def __call__(
-        self,
-        trace: NetworkTrace,
-        scorer: Scorer,
-        costs: Sequence[CostModel],
-        budgets: Sequence[Budget],
-        limits: SearchLimits | None = None,
-        *,
-        start: PruningPlan | None = None,
-    ) -> PruningPlan:
-        """See `greedy_search`."""
-        return greedy_search(trace, scorer, costs, budgets, limits, start=start)
+    __call__ = staticmethod(greedy_search)
 
 
 def _infeasible(state: State, budgets: Sequence[Budget]) -> InfeasibleBudget:

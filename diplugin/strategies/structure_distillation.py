@@ -77,8 +77,9 @@ class StructureDistillation:
         Raises:
             InfeasibleBudget: no structure within reach meets the budgets; found out before the first step.
         """
-        once.search(job.trace, scores, job.costs, job.budgets)
         steps, standing = Steps(job), Standing.first(job)
+        if steps.plan(1) is None:  # a run taken up again has passed this
+            once.search(job.trace, scores, job.costs, job.budgets)
         for step in range(1, self.schedule.steps + 1):
             if not steps.done(step):
                 torch.manual_seed(_seed(job, step))
