@@ -3,8 +3,9 @@
     python benchmarks/selection_study.py --data DIR --weights DIR [--nets resnet20,resnet56] [--only WORDS]
                                          [--json OUT] [--quick]
 
-Drop-in rows change one option of `DIImportance` each; repair rows cut `compress`'s own plan and repair it in one way.
-No row sees a test image: this is where defaults are chosen, `one_shot.py` is where they are judged.
+Drop-in rows change one option of `DIImportance` each; repair rows cut `compress`'s own plan and repair it in one way;
+the rows behind them change one thing about `compress` with its refit. No row sees a test image: this is where defaults
+are chosen, `one_shot.py` is where they are judged.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from diplugin_torch_pruning import PLAIN
@@ -22,7 +24,9 @@ from diplugin.compare import compare
 from diplugin.contenders import Compress, Contender, drop_in
 from diplugin.fitted_scores import MACs
 from diplugin.ranking import ByEnergy, ByLoss
-from diplugin.recovery import Compensate, Recalibrate, Reconstruct, Repair
+from diplugin.recovery import Compensate, Cut, Recalibrate, Reconstruct, Repair, recalibrate_batchnorm
+from diplugin.recovery.reconstruction import Reconstruction
+from diplugin.search import SearchLimits
 from diplugin.strategies import OneShot
 from diplugin.taps import AtLayer, AtNorm
 
@@ -47,10 +51,38 @@ def drop_ins() -> list[Contender]:
     return [drop_in(f"DI, {name}", True, **options) for name, options in variants.items()]
 
 
+@dataclass(frozen=True)
+class RefitRecalibrated:
+    """The refit, and new BatchNorm statistics on top of it; for comparison."""
+
+    name: str = "reconstruction, recalibrated"
+
+    def repaired(self, cut: Cut) -> nn.Module:
+        return recalibrate_batchnorm(Reconstruct().repaired(cut), cut.loader, images=cut.images)
+
+
 def repairs() -> list[Contender]:
     """`compress` without a gradient step, held to one repair."""
-    kinds: tuple[Repair, ...] = (Recalibrate(), Compensate(), Reconstruct())
+    kinds: tuple[Repair, ...] = (Recalibrate(), Compensate(), Reconstruct(), RefitRecalibrated())
     return [Compress(f"compress, {kind.name}", OneShot(repairs=(kind,))) for kind in kinds]
+
+
+def refits() -> list[Contender]:
+    """`compress` with its refit, and one thing changed."""
+    refit = (Reconstruct(),)
+    variants = {
+        "ridge 1e-4": OneShot(repairs=(Reconstruct(Reconstruction(ridge=1e-4)),)),
+        "ridge 1e-1": OneShot(repairs=(Reconstruct(Reconstruction(ridge=1e-1)),)),
+        "refit on 250 images": OneShot(repairs=(Reconstruct(Reconstruction(images=250)),)),
+        "ranked by loss": OneShot(repairs=refit, ranking=ByLoss()),
+        "ranked by energy": OneShot(repairs=refit, ranking=ByEnergy()),
+        "rho 1": OneShot(repairs=refit, rho=1.0),
+        "rho 100": OneShot(repairs=refit, rho=100.0),
+        "layer output": OneShot(repairs=refit, tap=AtLayer()),
+        "no floor": OneShot(repairs=refit, limits=SearchLimits(floor=0.0)),
+        "floor of 0.2": OneShot(repairs=refit, limits=SearchLimits(floor=0.2)),
+    }
+    return [Compress(f"compress, {name}", strategy) for name, strategy in variants.items()]
 
 
 def run(name: str, model: nn.Module, data: Data, contenders: Sequence[Contender], args: argparse.Namespace,
@@ -81,7 +113,7 @@ def main() -> None:
     names = ["resnet20"] if args.quick else args.nets.split(",")
     book = Notebook(None if args.json is None else Path(args.json), ("net", "contender", "target"))
     data = Data.read(args.data)
-    contenders = [*drop_ins()[: 3 if args.quick else None], *repairs()]
+    contenders = [*drop_ins()[: 3 if args.quick else None], *repairs(), *([] if args.quick else refits())]
     for name in names:
         run(name, network(name, args.weights), data, list(chosen(contenders, args.only)), args, book)
     book.write([])
