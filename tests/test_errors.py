@@ -59,7 +59,7 @@ def test_the_library_raises_only_errors_of_the_tree() -> None:
     package = Path(errors.__file__).parent
     odd = []
     for path in sorted(package.rglob("*.py")):
-        if path.name == "device.py":  # runs on devices without us and has errors of its own
+        if path.parent.name == "device":  # runs on devices without us and has errors of its own
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):

@@ -1,4 +1,4 @@
-"""The device file on 64-bit ARM, emulated: it runs there, and what it measures guides nothing.
+"""A bundle on 64-bit ARM, emulated: it runs there, and what it measures guides nothing.
 
 `.ci/aarch64 FOLDER` builds the emulated `python3`; DIPLUGIN_AARCH64 names its folder.
 """

@@ -160,12 +160,13 @@ def test_a_device_without_a_runtime_is_told_what_to_install(tmp_path: Path) -> N
     assert done.returncode == 2 and "pip install" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_a_bundle_holds_no_weights_and_no_code_but_the_device_file(tmp_path: Path) -> None:
+def test_a_bundle_holds_no_weights_and_no_code_but_the_device_files(tmp_path: Path) -> None:
     model = plain()
     bundle = plan_of(model, trace_network(model, INPUTS), nets=1).save(tmp_path / "b.pyz")
     with zipfile.ZipFile(bundle) as archive:
         names = archive.namelist()
-        assert {n for n in names if not n.startswith("blobs/")} == {"__main__.py", "plan.json"}
+        code = {f"device/{path.name}" for path in Path(device.__file__).parent.glob("*.py")}
+        assert {n for n in names if not n.startswith("blobs/")} == {"__main__.py", "plan.json", *code}
         assert json.loads(archive.read("plan.json"))["format"] == "diplugin-profile-plan"
     assert [p.name for p in tmp_path.iterdir()] == ["b.pyz"]
 

@@ -27,6 +27,8 @@ from ..tables import Alignment, OpKey, Setting
 from . import device
 from .graphs import Graph, Graphs, OnnxGraphs
 
+#: What a bundle does when it is run: `device` is then the folder beside it in the zip.
+RUN_DEVICE = "import sys\n\nfrom device.command import main\n\nsys.exit(main())\n"
 PROBE_WIDTHS = (16, 20, 24, 28, 29, 30, 31, 32, 36, 40, 44, 47, 48)
 
 
@@ -76,7 +78,7 @@ class Job:
 
 @dataclass
 class ProfilePlan:
-    """Jobs with their graphs; a device file's `Bundle` in memory, or written as one that runs by itself.
+    """Jobs with their graphs; a device's `Bundle` in memory, or written as one that runs by itself.
 
     Attributes:
         name: becomes the table's name.
@@ -140,12 +142,13 @@ class ProfilePlan:
         path = Path(path)
         temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
-        source = resources.files("diplugin.latency").joinpath("device.py").read_text(encoding="utf-8")
         try:
             with open(temporary, "wb") as file:
                 file.write(b"#!/usr/bin/env python3\n")
                 with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-                    archive.writestr("__main__.py", source)
+                    archive.writestr("__main__.py", RUN_DEVICE)
+                    for name, source in device_sources():
+                        archive.writestr(f"device/{name}", source)
                     archive.writestr("plan.json", device.canonical(self.plan))
                     for name, blob in self.blobs.items():
                         archive.writestr(f"blobs/{name}", blob)
@@ -154,6 +157,12 @@ class ProfilePlan:
         finally:
             temporary.unlink(missing_ok=True)
         return path
+
+
+def device_sources() -> list[tuple[str, str]]:
+    """(name, text) of each file of the package `device`, which a bundle carries."""
+    files = (file for file in resources.files(device).iterdir() if file.name.endswith(".py"))
+    return sorted((file.name, file.read_text(encoding="utf-8")) for file in files)
 
 
 def runtime_setting(threads: int = 1, runtime: str = "onnxruntime", provider: str = "", level: str = "all") -> Setting:

@@ -1,6 +1,6 @@
 """torch itself as the runtime, for servers and CUDA GPUs: the same jobs, run as modules instead of ONNX graphs.
 
-It is for this machine only: a device file imports no torch. CUDA runs are timed by events on the GPU's own clock.
+It is for this machine only: a bundle needs no torch. CUDA runs are timed by events on the GPU's own clock.
 """
 
 from __future__ import annotations

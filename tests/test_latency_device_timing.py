@@ -1,0 +1,105 @@
+"""How a device times its jobs: times that are picked right, chunks that are timed again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diplugin.latency import device
+from diplugin.latency.device import profiler
+from diplugin.latency.device.timer import Timer
+from diplugin.latency.plan import ProfilePlan, Protocol, add_entries
+from diplugin.tables import OpKey, Setting
+
+SETTING = Setting("onnxruntime", "1.0", "CPUExecutionProvider", "all", 1)
+FAST = Protocol(
+    rounds=2, runs=1, min_runs=1, round_ms=0.01, warmup_ms=0.0, chunk=3, patience=1, gap_ms=0.0, pause_s=0.0
+)
+
+
+def small_plan(entries: int = 10) -> ProfilePlan:
+    plan = ProfilePlan("small", SETTING, FAST)
+    keys = [OpKey("conv", 8, 4 * i + 4, (1, 1), (1, 1), (0, 0), (1, 1), 1, (2, 2)) for i in range(entries)]
+    add_entries(plan, keys)
+    return plan
+
+
+class Idle:
+    """A runtime without work."""
+
+    version = "1.0"
+
+    def __init__(self, before: Callable[[], None] = lambda: None) -> None:
+        self.before = before
+
+    def load(self, blob: bytes, inputs: Any) -> Callable[[], None]:
+        self.before()
+        return lambda: None
+
+
+def run(plan: ProfilePlan, journal: Path, runtime: Any = None) -> device.Journal:
+    return device.profile(plan, str(journal), runtime=runtime or Idle())
+
+
+class Clocked:
+    """A job whose runs take the times it is given, on a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times_ms: Callable[[int], float]) -> None:
+        self.now = self.runs = 0
+        self.times_ms = times_ms
+        for clock in ("thread_time_ns", "process_time_ns", "perf_counter_ns"):
+            monkeypatch.setattr(time, clock, lambda: self.now)
+
+    def __call__(self) -> None:
+        self.now += round(self.times_ms(self.runs) * 1e6)
+        self.runs += 1
+
+
+def test_disturbed_runs_and_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol = {"rounds": 8, "runs": 5, "min_runs": 5, "round_ms": 1.0, "warmup_ms": 0.0, "patience": 2}
+    job = Clocked(monkeypatch, lambda run: 1.0 if run % 3 and run % 20 < 15 else 1.4)
+    timer = Timer({"id": "a"}, job, protocol, True)
+    while not timer.done:
+        timer.round()
+    row = timer.row(0.5, False)
+    assert row["cpu_ms"] == pytest.approx(1.0) and not row["unstable"] and row["rounds"] == 8
+
+
+def test_a_job_that_never_settles_is_tried_again_and_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol = {"rounds": 4, "runs": 1, "min_runs": 1, "round_ms": 1.0, "warmup_ms": 0.0, "patience": 3}
+    timer = Timer({"id": "a"}, Clocked(monkeypatch, lambda run: 1.0 + run % 7), protocol, True)
+    while not timer.done:
+        timer.round()
+    row = timer.row(0.5, False)
+    assert row["unstable"] and row["rounds"] == 12 and row["attempts"] == 3
+
+
+def test_rows_of_a_throttled_device_are_taken_again_then_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, looks = small_plan(1), [0]
+
+    def throttled() -> bool:
+        looks[0] += 1
+        return looks[0] <= 2
+
+    monkeypatch.setattr(profiler, "DRIFT", float("inf"))
+    monkeypatch.setattr(profiler, "throttled", throttled)
+    rows = run(plan, tmp_path / "once").rows
+    chunks = -(-len(plan.jobs) // FAST.chunk)
+    assert looks[0] == chunks + 2 and len(rows) == len(plan.jobs)
+    monkeypatch.setattr(profiler, "throttled", lambda: True)
+    assert all(row["unstable"] for row in run(plan, tmp_path / "always").rows.values())
+
+
+def test_a_graph_that_the_runtime_refuses_is_named(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise RuntimeError("ONNX Runtime only guarantees support for opset 15\nand more")
+
+    with pytest.raises(device.ProfileError, match=r"does not run .* opset 15") as error:
+        run(small_plan(2), tmp_path / "j", Idle(refuse))
+    assert "\n" not in str(error.value)
