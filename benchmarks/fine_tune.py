@@ -1,7 +1,7 @@
 """B2: accuracy after recovery. Every contender gets the same fine-tuning; the last epoch counts.
 
     python benchmarks/fine_tune.py --data DIR --weights DIR [--only WORDS] [--seeds 0,1,2] [--epochs 10]
-                                   [--images 20000] [--json OUT] [--quick]
+                                   [--images 20000] [--compile] [--json OUT] [--quick]
     python benchmarks/fine_tune.py --data DIR --weights DIR --long --device cuda --json OUT
 
 Short form (CPU): ResNet-20 to 50 and 30 % of its MACs, 10 epochs on 20,000 images, lr .02 with a cosine, 3 seeds. Long
@@ -51,6 +51,12 @@ class Setting:
     fractions: tuple[float, ...]
     recipe: Recipe
     device: str = "cpu"
+    judge: str = "test"
+
+    @property
+    def key(self) -> Row:
+        """What a row must share with this run to be one of its rows."""
+        return {"net": self.net, "epochs": self.recipe.epochs, "images": self.recipe.images, "judge": self.judge}
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def run(setting: Setting, contenders: Sequence[Contender], data: Data, model: nn
     x, y = (t.to(setting.device) for t in data.training(CALIBRATION, setting.recipe.images))
     for contender in contenders:
         for fraction in setting.fractions:
-            row = {"net": setting.net, "contender": contender.name, "target": fraction}
+            row = {**setting.key, "contender": contender.name, "target": fraction}
             left = [seed for seed in seeds if not book.has(**row, seed=seed)]
             if not left:
                 continue
@@ -107,11 +113,11 @@ def run(setting: Setting, contenders: Sequence[Contender], data: Data, model: nn
                       flush=True)  # fmt: skip
 
 
-def medians(rows: Sequence[Row], net: str, target: float) -> dict[str, float]:
+def medians(rows: Sequence[Row], setting: Setting, target: float) -> dict[str, float]:
     """Contender -> median over seeds."""
     found: dict[str, list[float]] = {}
     for row in rows:
-        if (row["net"], row["target"]) == (net, target):
+        if {**row, **setting.key, "target": target} == row:
             found.setdefault(row["contender"], []).append(row["top1"])
     return {name: statistics.median(values) for name, values in found.items()}
 
@@ -119,7 +125,7 @@ def medians(rows: Sequence[Row], net: str, target: float) -> dict[str, float]:
 def targets_of(rows: Sequence[Row], setting: Setting) -> list[Row]:
     targets = []
     for fraction in setting.fractions:
-        table = medians(rows, setting.net, fraction)
+        table = medians(rows, setting, fraction)
         ours = [v for n, v in table.items() if n.startswith("DI")]
         others = [v for n, v in table.items() if not n.startswith("DI")]
         lead = max(ours) - max(others) if ours and others else None
@@ -132,7 +138,7 @@ def targets_of(rows: Sequence[Row], setting: Setting) -> list[Row]:
 
 def print_table(rows: Sequence[Row], setting: Setting) -> None:
     print(f"\n{setting.net}, median over seeds" + "".join(f"{f:>9.0%}" for f in setting.fractions))
-    tables = [medians(rows, setting.net, f) for f in setting.fractions]
+    tables = [medians(rows, setting, f) for f in setting.fractions]
     for name in sorted(tables[0], key=lambda n: -tables[0][n]):
         print(f"{name:32}" + "".join(f"{t[name]:9.2f}" if name in t else "        –" for t in tables))
 
@@ -144,11 +150,12 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--images", type=int)
+    parser.add_argument("--compile", dest="compiled", action="store_true", default=None, help="train compiled")
     parser.add_argument("--judge", choices=("test", "holdout"), default="test")
     args: argparse.Namespace = parser.parse_args()
     warnings.simplefilter("ignore")
-    setting = Setting(**(LONG if args.long else SHORT), device=args.device)
-    changes = {k: v for k in ("epochs", "images") if (v := getattr(args, k)) is not None}
+    setting = Setting(**(LONG if args.long else SHORT), device=args.device, judge=args.judge)
+    changes = {k: v for k in ("epochs", "images", "compiled") if (v := getattr(args, k)) is not None}
     setting = replace(setting, recipe=replace(setting.recipe, **changes))
     seeds = [int(s) for s in args.seeds.split(",")]
     only = args.only
@@ -158,7 +165,7 @@ def main() -> None:
     data = Data.read(args.data)
     read = data.holdout if args.judge == "holdout" else data.judge
     judged = read(1_000) if args.quick else read()
-    book = Notebook(None if args.json is None else Path(args.json), ("net", "contender", "target", "seed"))
+    book = Notebook(None if args.json is None else Path(args.json), (*setting.key, "contender", "target", "seed"))
     contenders = list(chosen([*default_contenders(compress=False), ReconstructedL2(), Compress()], only))
     run(setting, contenders, data, network(setting.net, args.weights), seeds, book, judged)
     print_table(book.rows, setting)

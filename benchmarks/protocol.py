@@ -107,6 +107,7 @@ class Recipe:
 
     Attributes:
         milestones: epochs after which the learning rate falls tenfold; empty for a cosine to zero.
+        compiled: train through `torch.compile`, half as fast again on a CPU; needs a C++ compiler.
     """
 
     epochs: int = 10
@@ -115,6 +116,7 @@ class Recipe:
     batch: int = 128
     weight_decay: float = 5e-4
     milestones: tuple[int, ...] = ()
+    compiled: bool = False
 
     def rate(self, step: int, steps: int) -> float:
         if self.milestones:
@@ -128,13 +130,15 @@ class Recipe:
         optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay)
         per_epoch = len(x) // self.batch
         model.train()
+        torch.compiler.reset()  # the compiler gives up on code that it has seen with many shapes
+        forward = torch.compile(model) if self.compiled else model
         for epoch in range(self.epochs):
             order = torch.randperm(len(x))
             for i in range(per_epoch):
                 ids = order[i * self.batch : (i + 1) * self.batch]
                 for group in optimizer.param_groups:
                     group["lr"] = self.rate(epoch * per_epoch + i, self.epochs * per_epoch)
-                loss = F.cross_entropy(model(flip_and_shift(x[ids])), y[ids])
+                loss = F.cross_entropy(forward(flip_and_shift(x[ids])), y[ids])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
