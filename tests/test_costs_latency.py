@@ -14,7 +14,8 @@ from torch import nn
 from diplugin.costs import CostModel
 from diplugin.costs.latency import LatencyCost, op_key, table_covers, timed_layers
 from diplugin.errors import RoundedLatencyWarning, TableError, UncalibratedLatencyWarning
-from diplugin.latency.plan import group_grids, layer_keys, prune_to, random_widths
+from diplugin.latency.grid import group_grids, layer_keys, random_widths
+from diplugin.latency.plan import prune_to
 from diplugin.network import NetworkTrace, trace_network
 from diplugin.tables import Alignment, Calibration, Entry, LatencyTable, OpKey, Setting
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 import zipfile
@@ -13,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from diplugin.cli import main
@@ -22,17 +19,8 @@ from diplugin.costs.latency import LatencyCost, timed_layers
 from diplugin.errors import TableError
 from diplugin.latency import device, finish, load_bundle
 from diplugin.latency.finish import table_from_rows
-from diplugin.latency.plan import (
-    ProfilePlan,
-    Protocol,
-    estimate_seconds,
-    group_grids,
-    make_plan,
-    prune_to,
-    random_widths,
-    runtime_setting,
-    width_grid,
-)  # fmt: skip
+from diplugin.latency.grid import group_grids
+from diplugin.latency.plan import ProfilePlan, Protocol, estimate_seconds, make_plan, prune_to, runtime_setting
 from diplugin.network import NetworkTrace, trace_network
 from diplugin.tables import Alignment, Calibration, LatencyTable, OpKey
 
@@ -69,25 +57,6 @@ def keys(plan: ProfilePlan) -> set[OpKey]:
     return {OpKey.from_row(job.detail["key"]) for job in plan.jobs if job.kind == "entry"}
 
 
-@given(
-    channels=st.integers(1, 512),
-    step=st.sampled_from([1, 2, 4, 8, 16]),
-    ratio=st.sampled_from([1, 2, 4]),
-    points=st.integers(2, 12),
-)
-def test_grids_are_aligned_bounded_and_hold_the_unpruned_width(
-    channels: int, step: int, ratio: int, points: int
-) -> None:
-    grid = width_grid(channels, Alignment(step, step * ratio), points)
-    assert grid == tuple(sorted(set(grid))) and grid[-1] == channels and grid[0] >= 1
-    assert all(w % step == 0 for w in grid[:-1])
-    assert len(grid) <= points + 1
-
-
-def test_grids_respect_the_blocks_of_grouped_convolutions() -> None:
-    assert all(w % 6 == 0 for w in width_grid(48, Alignment(4, 4), 12, blocks=6))
-
-
 def test_a_plan_covers_every_width_on_the_grid_and_nothing_twice() -> None:
     model = plain()
     trace = trace_network(model, INPUTS)
@@ -109,12 +78,6 @@ def test_random_nets_ask_only_for_entries_of_the_plan() -> None:
     rows = [job.detail["keys"] for job in plan.jobs if job.kind == "net"]
     assert len(rows) == 6
     assert {OpKey.from_row(row) for net in rows for row in net} <= keys(plan)
-
-
-def test_densities_of_random_nets_spread_out() -> None:
-    grid, draw = {"a": (4, 8, 12, 16), "b": tuple(range(8, 129, 8))}, random.Random(0)
-    totals = sorted(sum(random_widths(grid, draw).values()) for _ in range(30))
-    assert totals[0] < 0.4 * 144 and totals[-1] > 0.9 * 144
 
 
 def test_pruning_for_timing_gives_the_widths_asked_for() -> None:

@@ -17,7 +17,7 @@ from diplugin.costs import Budget, CostModel, LatencyCost, PeakActivationMemory,
 from diplugin.costs.latency import timed_layers
 from diplugin.errors import BudgetError, InfeasibleBudget, ModelError
 from diplugin.groups import ChannelGroup, GroupMember
-from diplugin.latency.plan import layer_keys
+from diplugin.latency.grid import layer_keys
 from diplugin.network import NetworkTrace, TensorSpec, trace_network
 from diplugin.plan import PruningPlan
 from diplugin.search import ExactSearch, FixedScores, GreedySearch, SearchLimits

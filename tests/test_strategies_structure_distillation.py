@@ -19,7 +19,7 @@ from diplugin.costs import macs, params
 from diplugin.costs.latency import timed_layers
 from diplugin.discriminant import discriminant_directions, discriminant_information
 from diplugin.errors import BudgetError, DataError, InfeasibleBudget, PlanError, UserError
-from diplugin.latency.plan import group_grids, layer_keys
+from diplugin.latency.grid import group_grids, layer_keys
 from diplugin.measurements import Measure
 from diplugin.network import silence, trace_network
 from diplugin.plan import PruningPlan

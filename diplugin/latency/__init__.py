@@ -1,8 +1,9 @@
 """Measuring latency: what to profile, on which device, and how a sum of entries becomes a prediction."""
 
 from .finish import finish, load_bundle
+from .grid import width_grid
 from .local import OnnxTiming, measure_onnx, profile_here
-from .plan import ProfilePlan, Protocol, make_plan, runtime_setting, width_grid
+from .plan import ProfilePlan, Protocol, make_plan, runtime_setting
 
 __all__ = [
     "OnnxTiming",

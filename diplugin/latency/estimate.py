@@ -13,8 +13,9 @@ from ..costs.latency import LayerSides, timed_layers
 from ..errors import TableError
 from ..network import LayerSpec, NetworkTrace
 from ..tables import Alignment, Entry, LatencyTable, OpKey, Setting
+from .grid import group_grids, layer_keys
 from .operators import layer_features
-from .plan import BY_EIGHT, group_grids, layer_keys
+from .plan import BY_EIGHT
 from .prices import ERRORS, PRICES, SOURCES
 
 _SETTINGS = {
