@@ -1,8 +1,9 @@
 """B4: how well a latency table predicts whole pruned nets.
 
 Three families (ResNet-20 at 32², MobileNetV2 at 96², ResNet-18 at 128²). Each is profiled by the tool itself on this
-machine, calibration nets included; then other random pruned nets, physically pruned and exported, are timed end to
-end, and the table's prediction is compared with the measurement. No net of the comparison took part in the fit.
+machine, with the unpruned net and twelve random pruned ones for the calibration. In the same run, among the same rounds
+and watched by the same sentinel, more random pruned nets are timed end to end, physically pruned and exported; the
+calibration never sees them, and the table's prediction of each is compared with its measurement.
 
     python benchmarks/latency_prediction.py [--quick] [--threads 1] [--json OUT]
 """
@@ -12,11 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import sys
-import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from torchvision_models import import_torchvision  # noqa: E402
 
 from diplugin.costs.latency import LatencyCost  # noqa: E402
-from diplugin.latency import measure_onnx, profile_here  # noqa: E402
-from diplugin.latency.calibration import rank_correlation  # noqa: E402
-from diplugin.latency.graphs import export_bytes  # noqa: E402
-from diplugin.latency.plan import prune_to, random_widths  # noqa: E402
+from diplugin.latency import profile_here  # noqa: E402
+from diplugin.latency.calibration import calibrate, rank_correlation  # noqa: E402
 from diplugin.network import trace_network  # noqa: E402
 
+CALIBRATING = 12
 TARGETS = (("MAPE, all families", "mape", 0.02), ("worst error", "worst", 0.06), ("rank correlation", "rho", 0.995))
 
 
@@ -47,8 +46,8 @@ def families() -> dict[str, tuple[Any, int]]:
     return {"resnet20": (resnet20, 32), "mobilenet_v2": (models.mobilenet_v2, 96), "resnet18": (models.resnet18, 128)}
 
 
-def judge(name: str, build: Any, side: int, nets: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Profile one family and compare predictions with measurements of held-out nets."""
+def judge(name: str, build: Any, side: int, held: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Profile one family and compare predictions with measurements of the nets that the calibration did not see."""
     torch.manual_seed(0)
     model: nn.Module = build().eval()
     inputs = (torch.randn(1, 3, side, side),)
@@ -61,26 +60,21 @@ def judge(name: str, build: Any, side: int, nets: int, args: argparse.Namespace)
         name=name,
         threads=args.threads,
         budget_s=args.seconds,
+        nets=CALIBRATING + held,
         journal=args.tables / f"{name}.jsonl" if args.tables else None,
     )
     profiled = time.perf_counter() - start
+    seen, unseen = table.nets[: CALIBRATING + 1], table.nets[CALIBRATING + 1 :]
+    calibration = calibrate(seen)
+    assert calibration is not None, "enough nets"
+    table = replace(table, nets=seen, calibration=calibration)
     if args.tables:
         table.save(args.tables / f"{name}.json")
-    cost = LatencyCost(trace, table)
-    grid = {group: cost.allowed_widths(group) or (trace.base_widths[group],) for group in trace.base_widths}
-    draw = random.Random(1234)
-    pairs = []
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(nets):
-            widths = random_widths(grid, draw)
-            path = Path(folder) / f"{number}.onnx"
-            path.write_bytes(export_bytes(prune_to(model, inputs, trace, widths), inputs, ["x"]))
-            pairs.append((cost.cost(widths), measure_onnx(path, threads=args.threads).latency_ms))
-    calibration = table.calibration
+    pairs = [(calibration.predict(net.sum_ms), net.measured_ms) for net in unseen]
     return {
-        "family": name, "nets": nets, "pairs": pairs, "entries": len(table.entries), "profile_s": profiled,
-        "step": table.alignment.step, "plateau": table.alignment.plateau, "unpruned_ms": cost.base,
-        "calibration_mape": calibration.mape if calibration else None,
+        "family": name, "nets": held, "pairs": pairs, "entries": len(table.entries), "profile_s": profiled,
+        "step": table.alignment.step, "plateau": table.alignment.plateau,
+        "unpruned_ms": LatencyCost(trace, table).base, "calibration_mape": calibration.mape,
         "unstable": sum(entry.unstable for entry in table.entries) / len(table.entries), **errors(pairs),
     }  # fmt: skip
 

@@ -161,6 +161,26 @@ def test_estimates_grow_with_the_plan() -> None:
     assert 0 < short < long < estimate_seconds(plan_of(model, trace, 4), trace, 50.0)
 
 
+def test_a_burst_that_disturbs_one_pass_of_every_job_leaves_no_trace() -> None:
+    model = plain()
+    plan = plan_of(model, trace_network(model, INPUTS), nets=3)
+    thrice = replace(plan, protocol=replace(QUICK, passes=3))
+    row = {"wall_ms": 9.0, "cv": 0.0, "sentinel_ms": 1.0, "unstable": False}
+    calm = {job["id"]: {**row, "cpu_ms": 1.0 + i / 7} for i, job in enumerate(plan.plan["jobs"])}
+    rows = {}
+    for i, job in enumerate(thrice.plan["jobs"]):
+        number, place = divmod(i, len(calm))
+        before = rows[job["id"]] = calm[job["id"].split(".")[0]]
+        if number == place % 3:  # every job is disturbed, in one pass or another
+            rows[job["id"]] = {**before, "cpu_ms": 2 * before["cpu_ms"]}
+        if number == (place + 1) % 3:  # fast, but not to be trusted
+            rows[job["id"]] = {**before, "cpu_ms": before["cpu_ms"] / 2, "unstable": True}
+    assert len(rows) == 3 * len(calm)
+    quiet, disturbed = (table_from_rows(p.plan, r, {}) for p, r in ((plan, calm), (thrice, rows)))
+    assert disturbed.entries == quiet.entries and disturbed.nets == quiet.nets
+    assert disturbed.overhead_ms == quiet.overhead_ms
+
+
 def test_no_threads_is_refused() -> None:
     with pytest.raises(TableError, match="thread"):
         runtime_setting(0)

@@ -151,7 +151,8 @@ def fitting_plan(
         plan = make_plan(model, inputs, trace, name=name, setting=subject.setting, alignment=alignment, points=count,
                          nets=0, protocol=chosen, probes=False, graphs=subject.graphs, dtype=subject.dtype)  # fmt: skip
         plan.alignment = alignment
-        plan.estimated_s = estimate_seconds(plan, trace, net_ms) + nets * chosen.rounds * chosen.runs * net_ms / 1e3
+        rounds = chosen.passes * chosen.rounds
+        plan.estimated_s = estimate_seconds(plan, trace, net_ms) + nets * rounds * chosen.runs * net_ms / 1e3
         if plan.estimated_s <= budget_s:
             break
     plan_nets(plan, model, inputs, trace, nets, seed, subject.dtype)

@@ -41,7 +41,8 @@ class Protocol:
     other; a slow graph runs at least `min_runs` times a round; a restless job gets up to `patience` times the rounds.
     `gap_ms` between rounds spreads them over time;
     a chunk is timed again later if the device was slower than at its best, at most `pauses` times, with pauses of
-    `pause_s` once nothing else is left to do.
+    `pause_s` once nothing else is left to do. All jobs are gone through `passes` times, one pass after the other, and
+    the best time of each counts: what disturbs a device, its memory most of all, comes in bursts.
     """
 
     rounds: int = 10
@@ -54,9 +55,10 @@ class Protocol:
     gap_ms: float = 2.0
     pause_s: float = 2.0
     pauses: int = 3
+    passes: int = 1
 
 
-THOROUGH = Protocol()
+THOROUGH = Protocol(rounds=5, passes=3)
 BY_EIGHT = Alignment(8, 8)
 SENTINEL = OpKey("conv", 64, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, (16, 16), "relu")
 QUICK = Protocol(rounds=7, runs=12, round_ms=8.0, warmup_ms=4.0, patience=2, pause_s=0.3)
@@ -72,8 +74,10 @@ class Job:
     inputs: tuple[Any, ...]
     detail: Mapping[str, Any]
 
-    def document(self) -> dict[str, Any]:
-        return {"id": self.id, "kind": self.kind, "blob": self.blob, "inputs": list(self.inputs),
+    def document(self, number: int = 0) -> dict[str, Any]:
+        """The job as the device reads it in the pass of this number, each with a row of its own."""
+        suffix = f".{number}" if number else ""
+        return {"id": self.id + suffix, "kind": self.kind, "blob": self.blob, "inputs": list(self.inputs),
                 "detail": dict(self.detail)}  # fmt: skip
 
 
@@ -128,7 +132,7 @@ class ProfilePlan:
             "setting": asdict(self.setting), "protocol": asdict(self.protocol),
             "alignment": None if self.alignment is None else asdict(self.alignment),
             "grid": {name: list(widths) for name, widths in self.grid.items()},
-            "jobs": [job.document() for job in self.jobs],
+            "jobs": [job.document(number) for number in range(self.protocol.passes) for job in self.jobs],
         }  # fmt: skip
         return {**document, "sha256": device.plan_sha256(document)}
 
@@ -295,4 +299,4 @@ def estimate_seconds(plan: ProfilePlan, trace: NetworkTrace, net_ms: float) -> f
         ms = 0.02 + rate * sum(OpKey.from_row(row).macs for row in rows)
         runs = max(protocol.min_runs, min(protocol.runs, protocol.round_ms / ms))
         total += protocol.rounds * runs * ms + min(5 * ms, protocol.warmup_ms) + 2 * ms + 3.0
-    return total / 1e3
+    return total * protocol.passes / 1e3
