@@ -1,7 +1,7 @@
 """B4: how well a latency table predicts whole pruned nets.
 
 Three families (ResNet-20 at 32², MobileNetV2 at 96², ResNet-18 at 128²). Each is profiled by the tool itself on this
-machine, with the unpruned net and twelve random pruned ones for the calibration. In the same run, among the same rounds
+machine, with the unpruned net and sixteen random pruned ones for the calibration. In the same run, among the same rounds
 and watched by the same sentinel, more random pruned nets are timed end to end, physically pruned and exported; the
 calibration never sees them, and the table's prediction of each is compared with its measurement.
 
@@ -34,7 +34,7 @@ from diplugin.latency import profile_here  # noqa: E402
 from diplugin.latency.calibration import calibrate, rank_correlation  # noqa: E402
 from diplugin.network import trace_network  # noqa: E402
 
-CALIBRATING = 12
+CALIBRATING = 16
 TARGETS = (("MAPE, all families", "mape", 0.02), ("worst error", "worst", 0.06), ("rank correlation", "rho", 0.995))
 
 

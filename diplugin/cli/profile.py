@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--points", type=positive, default=8, metavar="N", help="about this many widths a group (8)")
-    parser.add_argument("--nets", type=positive, default=12, metavar="N", help="pruned nets to calibrate on (12)")
+    parser.add_argument("--nets", type=positive, default=16, metavar="N", help="pruned nets to calibrate on (16)")
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of the runtime (1)")
     parser.add_argument("--name", help="the table's name")
 

@@ -1,8 +1,9 @@
 """From a plan and its journal to a table: raw times become what an operator adds to a net.
 
 A one-operator graph also pays for being called and, in a runtime that computes in a blocked layout, for reordering
-its input and output. Both were timed apart, and both are taken off: the call once, and half of each edge's
-reordering on either side. The nets timed end to end then give the calibration.
+its input and output. Both were timed apart. The call is taken off, and half of what the reordering took: it also brings
+tensors into the cache, which a layer inside a net pays for too. (Half predicts whole nets best: benchmarks, B4.) The
+nets timed end to end then give the calibration.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from . import device
 from .calibration import MIN_NETS, calibrate, measured_alignment
 
 MIN_SHARE = 0.2
+EDGE_SHARE = 0.5
 Row = Mapping[str, Any]
 Edge = tuple[int, tuple[int, ...], int, str]
 
@@ -115,7 +117,7 @@ def table_from_rows(
     for kind in ("entry", "probe"):
         for detail, row, ms in times.of(kind):
             key = OpKey.from_row(detail["key"])
-            net = max(MIN_SHARE * ms, ms - overhead - _edge_ms(edges, key))
+            net = max(MIN_SHARE * ms, ms - overhead - EDGE_SHARE * _edge_ms(edges, key))
             entry = Entry(key, net, row["cpu_ms"], row["wall_ms"], row["cv"], times.unstable(row))
             entries.setdefault(key, entry)
             probes += [key] if kind == "probe" else []
@@ -143,6 +145,7 @@ def _edges(times: _Times, overhead: float) -> dict[Edge, float]:
 
 
 def _edge_ms(edges: Mapping[Edge, float], key: OpKey) -> float:
+    """Reordering of an operator's input and of its output: half of what each costs in and out."""
     sides = ((key.cin, key.size, key.batch, key.dtype), (key.cout, key.output_size, key.batch, key.dtype))
     return sum(edges.get(side, 0.0) for side in sides) / 2
 

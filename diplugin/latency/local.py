@@ -62,7 +62,7 @@ _BEST: dict[Setting, tuple[float, ...]] = {}
 
 def profile_here(
     model: Any, example_inputs: tuple[Any, ...], *, trace: NetworkTrace | None = None, name: str = "this-machine",
-    threads: int = 1, budget_s: float = 120.0, points: int = 8, nets: int = 12, seed: int = 0,
+    threads: int = 1, budget_s: float = 120.0, points: int = 8, nets: int = 16, seed: int = 0,
     protocol: Protocol | None = None, runtime: TorchRuntime | None = None, dtype: str = "float32",
     journal: str | Path | None = None, out: str | Path | None = None, progress: Progress | None = None,
 ) -> LatencyTable:  # fmt: skip

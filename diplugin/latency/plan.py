@@ -58,7 +58,7 @@ class Protocol:
     passes: int = 1
 
 
-THOROUGH = Protocol(rounds=5, passes=3)
+THOROUGH = Protocol(rounds=4, passes=4)
 BY_EIGHT = Alignment(8, 8)
 SENTINEL = OpKey("conv", 64, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, (16, 16), "relu")
 QUICK = Protocol(rounds=7, runs=12, round_ms=8.0, warmup_ms=4.0, patience=2, pause_s=0.3)
@@ -262,7 +262,7 @@ def prune_to(model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, w
 
 def make_plan(
     model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, *, name: str, setting: Setting,
-    alignment: Alignment = BY_EIGHT, points: int = 8, nets: int = 12, seed: int = 0,
+    alignment: Alignment = BY_EIGHT, points: int = 8, nets: int = 16, seed: int = 0,
     protocol: Protocol | None = None, dtype: str = "float32", probes: bool = True, graphs: Graphs | None = None,
 ) -> ProfilePlan:  # fmt: skip
     """Everything that a latency budget on this model needs measured.
