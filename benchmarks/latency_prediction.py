@@ -1,8 +1,8 @@
 """B4: how well a latency table predicts whole pruned nets.
 
 Three families (ResNet-20 at 32², MobileNetV2 at 96², ResNet-18 at 128²). Each is profiled by the tool itself on this
-machine, with the unpruned net and sixteen random pruned ones for the calibration. In the same run, among the same rounds
-and watched by the same sentinel, more random pruned nets are timed end to end, physically pruned and exported; the
+machine, with the unpruned net and sixteen random pruned ones for the calibration. In the same run, among the same
+rounds and watched by the same sentinel, more random pruned nets are timed end to end, physically pruned; the
 calibration never sees them, and the table's prediction of each is compared with its measurement.
 
     python benchmarks/latency_prediction.py [--quick] [--threads 1] [--json OUT]
