@@ -161,10 +161,15 @@ def test_estimates_grow_with_the_plan() -> None:
     assert 0 < short < long < estimate_seconds(plan_of(model, trace, 4), trace, 50.0)
 
 
+def nets_in(plan: ProfilePlan) -> int:
+    return sum(job["kind"] == "net" for job in plan.plan["jobs"])
+
+
 def test_a_burst_that_disturbs_one_pass_of_every_job_leaves_no_trace() -> None:
     model = plain()
     plan = plan_of(model, trace_network(model, INPUTS), nets=3)
     thrice = replace(plan, protocol=replace(QUICK, passes=3))
+    assert nets_in(replace(plan, protocol=replace(QUICK, passes=3, net_turns=2))) == 6 * nets_in(plan)
     row = {"wall_ms": 9.0, "cv": 0.0, "sentinel_ms": 1.0, "unstable": False}
     calm = {job["id"]: {**row, "cpu_ms": 1.0 + i / 7} for i, job in enumerate(plan.plan["jobs"])}
     rows = {}

@@ -26,6 +26,7 @@ from .plan import (
     ProfilePlan,
     Protocol,
     estimate_seconds,
+    job_seconds,
     make_plan,
     plan_nets,
     plan_probes,
@@ -151,8 +152,7 @@ def fitting_plan(
         plan = make_plan(model, inputs, trace, name=name, setting=subject.setting, alignment=alignment, points=count,
                          nets=0, protocol=chosen, probes=False, graphs=subject.graphs, dtype=subject.dtype)  # fmt: skip
         plan.alignment = alignment
-        rounds = chosen.passes * chosen.rounds
-        plan.estimated_s = estimate_seconds(plan, trace, net_ms) + nets * rounds * chosen.runs * net_ms / 1e3
+        plan.estimated_s = estimate_seconds(plan, trace, net_ms) + nets * job_seconds(chosen, "net", net_ms)
         if plan.estimated_s <= budget_s:
             break
     plan_nets(plan, model, inputs, trace, nets, seed, subject.dtype)

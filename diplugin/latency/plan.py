@@ -12,7 +12,7 @@ import hashlib
 import os
 import random
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -42,7 +42,8 @@ class Protocol:
     `gap_ms` between rounds spreads them over time;
     a chunk is timed again later if the device was slower than at its best, at most `pauses` times, with pauses of
     `pause_s` once nothing else is left to do. All jobs are gone through `passes` times, one pass after the other, and
-    the best time of each counts: what disturbs a device, its memory most of all, comes in bursts.
+    the best time of each counts: what disturbs a device, its memory most of all, comes in bursts. Whole nets get
+    `net_turns` turns in each pass, since they are few, all predictions hang on them, and they feel memory most.
     """
 
     rounds: int = 10
@@ -56,9 +57,10 @@ class Protocol:
     pause_s: float = 2.0
     pauses: int = 3
     passes: int = 1
+    net_turns: int = 1
 
 
-THOROUGH = Protocol(rounds=4, passes=4)
+THOROUGH = Protocol(rounds=4, passes=4, net_turns=3)
 BY_EIGHT = Alignment(8, 8)
 SENTINEL = OpKey("conv", 64, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, (16, 16), "relu")
 QUICK = Protocol(rounds=7, runs=12, round_ms=8.0, warmup_ms=4.0, patience=2, pause_s=0.3)
@@ -132,9 +134,19 @@ class ProfilePlan:
             "setting": asdict(self.setting), "protocol": asdict(self.protocol),
             "alignment": None if self.alignment is None else asdict(self.alignment),
             "grid": {name: list(widths) for name, widths in self.grid.items()},
-            "jobs": [job.document(number) for number in range(self.protocol.passes) for job in self.jobs],
+            "jobs": list(self._in_passes()),
         }  # fmt: skip
         return {**document, "sha256": device.plan_sha256(document)}
+
+    def _in_passes(self) -> Iterator[dict[str, Any]]:
+        """All jobs, pass after pass, whole nets as often in each pass as the protocol says."""
+        nets = [job for job in self.jobs if job.kind == "net"]
+        others = [job for job in self.jobs if job.kind != "net"]
+        turns = self.protocol.net_turns
+        for number in range(self.protocol.passes):
+            for turn in range(turns):
+                yield from (job.document(number) for job in others[turn::turns])
+                yield from (job.document(number * turns + turn) for job in nets)
 
     def blob(self, name: str) -> bytes:
         return self.blobs[name]
@@ -292,11 +304,16 @@ def make_plan(
 def estimate_seconds(plan: ProfilePlan, trace: NetworkTrace, net_ms: float) -> float:
     """How long a plan takes on a device where the unpruned net takes `net_ms`: by MACs, and a job's own cost."""
     rate = net_ms / max(1.0, macs(trace).base)
-    protocol = plan.protocol
     total = 0.0
     for job in plan.jobs:
         rows = [job.detail["key"]] if "key" in job.detail else job.detail.get("keys", [])
-        ms = 0.02 + rate * sum(OpKey.from_row(row).macs for row in rows)
-        runs = max(protocol.min_runs, min(protocol.runs, protocol.round_ms / ms))
-        total += protocol.rounds * runs * ms + min(5 * ms, protocol.warmup_ms) + 2 * ms + 3.0
-    return total * protocol.passes / 1e3
+        total += job_seconds(plan.protocol, job.kind, rate * sum(OpKey.from_row(row).macs for row in rows))
+    return total
+
+
+def job_seconds(protocol: Protocol, kind: str, ms: float) -> float:
+    """How long all passes over a job of `ms` take, loading included."""
+    ms += 0.02
+    runs = max(protocol.min_runs, min(protocol.runs, protocol.round_ms / ms))
+    once = protocol.rounds * runs * ms + min(5 * ms, protocol.warmup_ms) + 2 * ms + 3.0
+    return protocol.passes * (protocol.net_turns if kind == "net" else 1) * once / 1e3
