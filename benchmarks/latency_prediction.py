@@ -31,7 +31,7 @@ from torchvision_models import import_torchvision  # noqa: E402
 
 from diplugin.costs.latency import LatencyCost  # noqa: E402
 from diplugin.latency import profile_here  # noqa: E402
-from diplugin.latency.calibration import calibrate, rank_correlation  # noqa: E402
+from diplugin.latency.calibration import calibrate, own_cache_mb, rank_correlation  # noqa: E402
 from diplugin.network import trace_network  # noqa: E402
 
 CALIBRATING = 16
@@ -65,12 +65,12 @@ def judge(name: str, build: Any, side: int, held: int, args: argparse.Namespace)
     )
     profiled = time.perf_counter() - start
     seen, unseen = table.nets[: CALIBRATING + 1], table.nets[CALIBRATING + 1 :]
-    calibration = calibrate(seen)
+    calibration = calibrate(seen, own_cache_mb(table.setting, table.provenance))
     assert calibration is not None, "enough nets"
     table = replace(table, nets=seen, calibration=calibration)
     if args.tables:
         table.save(args.tables / f"{name}.json")
-    pairs = [(calibration.predict(net.sum_ms), net.measured_ms) for net in unseen]
+    pairs = [(calibration.predict(net.sum_ms, net.weights_mb), net.measured_ms) for net in unseen]
     return {
         "family": name, "nets": held, "pairs": pairs, "entries": len(table.entries), "profile_s": profiled,
         "step": table.alignment.step, "plateau": table.alignment.plateau,

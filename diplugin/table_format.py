@@ -24,9 +24,11 @@ from .tables import SCHEMA, Alignment, Calibration, Entry, LatencyTable, NetTimi
 FORMAT = "diplugin-latency-table"
 KEY_COLUMNS = tuple(f.name for f in fields(OpKey))
 ENTRY_COLUMNS = (*KEY_COLUMNS, "latency_ms", "cpu_ms", "wall_ms", "cv", "unstable")
-NET_COLUMNS = NetTiming._fields
+# Added to schema 1 later, and written only where there is something to say: older tables keep their hashes.
+WEIGHTS = "weights_mb"
+NET_COLUMNS = tuple(name for name in NetTiming._fields if name != WEIGHTS)
 OPS = ("conv", "conv_transpose", "linear")
-MAX_BYTES, MAX_MS, MAX_COUNT = 64 << 20, 3.6e6, 1 << 24
+MAX_BYTES, MAX_MS, MAX_MB, MAX_COUNT = 64 << 20, 3.6e6, 1e6, 1 << 24
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{0,40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -132,16 +134,18 @@ def dumps_table(table: LatencyTable) -> str:
 def document_from_table(table: LatencyTable) -> dict[str, Any]:
     """The table as JSON types, with its content hash."""
     rows = [[*e.key.row, *(_round(v) for v in e[1:5]), e.unstable] for e in sorted(table.entries)]
-    nets = [[net.name, *(_round(v) for v in net[1:])] for net in table.nets]
+    weighed = any(net.weights_mb for net in table.nets)
+    net_columns = [*NET_COLUMNS, *([WEIGHTS] if weighed else [])]
+    nets = [[_round(getattr(net, column)) for column in net_columns] for net in table.nets]
     document: dict[str, Any] = {
         "format": FORMAT, "schema": SCHEMA, "name": table.name, "device": table.device, "origin": table.origin,
         "emulated": table.emulated, "setting": asdict(table.setting), "alignment": asdict(table.alignment),
         "overhead_ms": _round(table.overhead_ms),
         "calibration": None if table.calibration is None
-        else {name: _round(value) for name, value in asdict(table.calibration).items()},
+        else {k: _round(v) for k, v in asdict(table.calibration).items() if k not in _REFILL_CHECKS or v},
         "error_band": None if table.error_band is None else [_round(v) for v in table.error_band],
         "plan_sha256": table.plan_sha256, "provenance": dict(table.provenance),
-        "columns": list(ENTRY_COLUMNS), "net_columns": list(NET_COLUMNS),
+        "columns": list(ENTRY_COLUMNS), "net_columns": net_columns,
     }  # fmt: skip
     document |= {"nets": nets, "rows": rows}
     return {**document, "sha256": content_sha256(document)}
@@ -216,6 +220,7 @@ _COLUMN_CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "dilation": _integers(1), "groups": _count, "size": _integers(1), "activation": _word, "batch": _count,
     "dtype": _word, "layout": _word, "latency_ms": _positive_ms, "cpu_ms": _ms, "wall_ms": _ms,
     "cv": _number(0, 1e3), "unstable": _boolean, "name": _text(120), "measured_ms": _positive_ms, "sum_ms": _ms,
+    WEIGHTS: _number(0, MAX_MB),
 }  # fmt: skip
 _SETTING_CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "runtime": _word,
@@ -228,6 +233,7 @@ _CALIBRATION_CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "scale": _number(1e-3, 1e3), "offset_ms": _number(-MAX_MS, MAX_MS), "nets": _integer(2, 100_000),
     "mape": _number(0, 1e3), "worst": _number(0, 1e3), "rho": _number(-1, 1),
 }  # fmt: skip
+_REFILL_CHECKS = {"refill_ms": _positive_ms, "cache_mb": _number(1e-3, MAX_MB)}
 _ALIGNMENT_CHECKS = {"step": _integer(1, 4096), "plateau": _integer(1, 4096)}
 
 
@@ -268,7 +274,8 @@ def table_from_document(document: Any) -> LatencyTable:
     if set(document) != expected:
         odd = sorted(set(document) ^ expected)
         raise ValueError(f"its fields are not those of schema {SCHEMA} (see {_text_or_repr(odd[0])})")
-    if document["columns"] != list(ENTRY_COLUMNS) or document["net_columns"] != list(NET_COLUMNS):
+    net_columns = [list(NET_COLUMNS), [*NET_COLUMNS, WEIGHTS]]
+    if document["columns"] != list(ENTRY_COLUMNS) or document["net_columns"] not in net_columns:
         raise ValueError("its columns are not those of schema 1")
     table = _table(document)
     if content_sha256(document) != document["sha256"]:
@@ -290,7 +297,7 @@ def _table(document: dict[str, Any]) -> LatencyTable:
         _check_key(entry.key, f"rows[{number}]")
     if len({entry.key for entry in entries}) != len(entries):
         raise ValueError("two rows have the same key")
-    nets = tuple(NetTiming(*row) for row in _rows(document["nets"], NET_COLUMNS, "nets"))
+    nets = tuple(NetTiming(*row) for row in _rows(document["nets"], document["net_columns"], "nets"))
     origin = document["origin"]
     if origin not in ("measured", "estimated"):
         raise ValueError("origin is neither 'measured' nor 'estimated'")
@@ -309,13 +316,19 @@ def _table(document: dict[str, Any]) -> LatencyTable:
         entries=entries, nets=nets,
         alignment=Alignment(**_object(document["alignment"], _ALIGNMENT_CHECKS, "alignment")),
         overhead_ms=_ms(document["overhead_ms"], "overhead_ms"),
-        calibration=None if calibration is None
-        else Calibration(**_object(calibration, _CALIBRATION_CHECKS, "calibration")),
+        calibration=None if calibration is None else _calibration(calibration),
         origin=origin, emulated=_boolean(document["emulated"], "emulated"),
         error_band=None if band is None else (_number(0, 10)(band[0], "error_band"),
                                               _number(0, 10)(band[1], "error_band")),
         provenance=_provenance(document["provenance"]), plan_sha256=sha,
     )  # fmt: skip
+
+
+def _calibration(value: Any) -> Calibration:
+    """Refill and cache stand there both or not at all."""
+    refilled = isinstance(value, dict) and not _REFILL_CHECKS.keys().isdisjoint(value)
+    checks = {**_CALIBRATION_CHECKS, **(_REFILL_CHECKS if refilled else {})}
+    return Calibration(**_object(value, checks, "calibration"))
 
 
 def _check_key(key: OpKey, name: str) -> None:

@@ -4,8 +4,9 @@ Latency is a staircase in the number of channels, and whose staircase depends on
 table belongs to exactly one such setting, its alignment is measured, and a lookup never interpolates: it is an exact
 hit, or a wider profiled entry of the same alignment class (with a warning), or an error that names what is missing.
 
-A prediction for a whole net is `scale * (sum of entries) + offset`, both fitted on nets timed end to end; without
-them it is only a sum and is labelled uncalibrated. `latency_tables/README.md` documents the file format, version 1.
+A prediction for a whole net is `scale * (sum of entries) + offset`, both fitted on nets timed end to end, and a
+`refill` for a net whose weights do not all stay in the cache; without them it is only a sum and is labelled
+uncalibrated. `latency_tables/README.md` documents the file format, version 1.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 from .errors import RoundedLatencyWarning, TableError
 
 SCHEMA = 1
+_WEIGHT_BYTES = {"float32": 4, "int8": 1}
 
 
 @dataclass(frozen=True, order=True)
@@ -93,6 +95,15 @@ class OpKey:
         return float(self.batch * prod(positions) * prod(self.kernel) * self.cin * self.cout // self.groups)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes that the weights take; the few of the biases are left out.
+
+        >>> OpKey("conv", 32, 32, (3, 3), (1, 1), (1, 1), (1, 1), 32, (8, 8)).weight_bytes
+        1152
+        """
+        return prod(self.kernel) * self.cin * self.cout // self.groups * _WEIGHT_BYTES.get(self.dtype, 4)
+
+    @property
     def output_size(self) -> tuple[int, ...]:
         """Spatial size of the output."""
         if self.op == "linear":
@@ -155,7 +166,10 @@ class Entry(NamedTuple):
 
 
 class NetTiming(NamedTuple):
-    """A whole net timed end to end beside the sum that the entries give for it."""
+    """A whole net timed end to end beside the sum that the entries give for it.
+
+    `weights_mb` is what the layers' weights take, in MB (10^6 bytes); 0 where it was not noted.
+    """
 
     name: str
     measured_ms: float
@@ -163,13 +177,17 @@ class NetTiming(NamedTuple):
     cpu_ms: float
     wall_ms: float
     cv: float
+    weights_mb: float = 0.0
 
 
 @dataclass(frozen=True)
 class Calibration:
     """`scale * sum + offset_ms`, fitted on `nets` nets; errors are of nets left out of the fit.
 
-    `mape` and `worst` are fractions (0.02 = 2 %), `rho` is Spearman's rank correlation.
+    `mape` and `worst` are fractions (0.02 = 2 %), `rho` is Spearman's rank correlation. Entries are timed back to back,
+    their weights in the cache. So runs a whole net whose weights all stay there, too; one with more than `cache_mb` MB
+    (10^6 bytes) of them fetches them again for every inference and takes `refill_ms` longer. Both are 0 where the
+    device told no cache or no such difference was measured.
     """
 
     scale: float
@@ -178,9 +196,16 @@ class Calibration:
     mape: float
     worst: float
     rho: float
+    refill_ms: float = 0.0
+    cache_mb: float = 0.0
 
-    def predict(self, sum_ms: float) -> float:
-        return self.scale * sum_ms + self.offset_ms
+    def predict(self, sum_ms: float, weights_mb: float) -> float:
+        """Milliseconds of a net with this sum of entries and these weights."""
+        return self.scale * sum_ms + self.offset_ms + self.refill(weights_mb)
+
+    def refill(self, weights_mb: float) -> float:
+        """Milliseconds that a net pays for weights which do not stay in the cache."""
+        return self.refill_ms if weights_mb > self.cache_mb else 0.0
 
     @property
     def text(self) -> str:

@@ -96,6 +96,45 @@ def test_the_cost_is_the_calibrated_sum_of_entries(trace: NetworkTrace) -> None:
     assert isinstance(cost, CostModel) and (cost.name, cost.unit) == ("latency_ms", "ms")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("fits", [0.3, 0.6, 0.9])
+def test_nets_whose_weights_outgrow_the_cache_pay_the_refill(
+    model: nn.Module, trace: NetworkTrace, fits: float, dtype: str
+) -> None:
+    def weights_mb(net: nn.Module) -> float:
+        layers = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        return sum(m.weight.numel() for m in layers) * {"float32": 4, "int8": 1}[dtype] / 1e6
+
+    calibration = Calibration(1.5, 0.25, 12, 0.01, 0.02, 1.0, refill_ms=0.4, cache_mb=fits * weights_mb(model))
+    table = full_table(trace, calibration)
+    rows = tuple(e._replace(key=replace(e.key, dtype=dtype)) for e in table.entries)
+    table = replace(table, entries=rows)
+    cost, grid, draw = LatencyCost(trace, table), group_grids(trace, ALIGNMENT), random.Random(1)
+    paying = []
+    for _ in range(12):
+        widths = random_widths(grid, draw)
+        pruned = prune_to(model, INPUTS, trace, widths)
+        narrow = trace_network(pruned, INPUTS, verify=False)
+        total = sum(made_up_ms(op_key(x, x.in_channels, x.out_channels)) for x in narrow.layers if x.op != "norm")
+        paying.append(weights_mb(pruned) > calibration.cache_mb)
+        expected = 1.5 * total + 0.25 + 0.4 * paying[-1]
+        assert cost.cost(widths) == pytest.approx(expected)
+        assert LatencyCost(narrow, table).base == pytest.approx(expected)  # the pruned net by itself
+        assert cost.guide.cost(widths) == pytest.approx(1.5 * total + 0.25 + 0.4)
+        for name, channels in trace.base_widths.items():
+            wider = {**widths, name: channels}
+            assert cost.change(widths, name, channels) == pytest.approx(cost.cost(wider) - cost.cost(widths))
+    assert cost.base == pytest.approx(1.5 * cost.sum_ms(trace.base_widths) + 0.65)
+    assert {True, False} == set(paying) or fits != 0.6
+
+
+def test_an_unpruned_net_that_fits_into_the_cache_has_a_cost_without_a_refill(trace: NetworkTrace) -> None:
+    calibration = Calibration(1.5, 0.25, 12, 0.01, 0.02, 1.0)
+    plain = LatencyCost(trace, full_table(trace, calibration))
+    cost = LatencyCost(trace, full_table(trace, replace(calibration, refill_ms=0.4, cache_mb=1.0)))
+    assert cost.base == plain.base and cost.guide is cost and not cost.bounded
+
+
 def test_an_uncalibrated_table_is_said_to_be(trace: NetworkTrace) -> None:
     with pytest.warns(UncalibratedLatencyWarning, match="uncalibrated"):
         cost = LatencyCost(trace, full_table(trace))

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from diplugin.latency.calibration import MIN_NETS, calibrate, fit_line, measured_alignment, rank_correlation
-from diplugin.tables import Alignment, NetTiming
+from diplugin.latency.calibration import (
+    MIN_NETS,
+    calibrate,
+    fit_nets,
+    measured_alignment,
+    own_cache_mb,
+    rank_correlation,
+)
+from diplugin.tables import Alignment, NetTiming, Setting
 
 
 def nets(count: int, scale: float, offset: float, noise: float = 0.0, seed: int = 0) -> list[NetTiming]:
@@ -24,7 +32,7 @@ def test_an_exact_line_is_found_with_no_error() -> None:
     assert calibration is not None
     assert (calibration.scale, calibration.offset_ms) == pytest.approx((1.1, 0.3))
     assert calibration.mape < 1e-9 and calibration.rho == pytest.approx(1.0) and calibration.nets == 12
-    assert calibration.predict(2.0) == pytest.approx(2.5)
+    assert calibration.predict(2.0, 99.0) == pytest.approx(2.5)
 
 
 def test_held_out_error_is_that_of_nets_left_out() -> None:
@@ -52,8 +60,107 @@ def test_nets_that_fall_with_their_sums_give_none() -> None:
 
 
 def test_sums_all_alike_fit_a_scale_only() -> None:
-    scale, offset = fit_line([1.0, 1.1, 1.05], [2.0, 2.2, 2.1])
-    assert scale == pytest.approx(2.0) and offset == 0.0
+    assert fit_nets([1.0, 1.1, 1.05], [2.0, 2.2, 2.1]) == pytest.approx((2.0, 0.0, 0.0))
+
+
+CACHE = 2.097152
+
+
+def weighed(
+    small: int, large: int, law: tuple[float, float, float] = (1.1, 0.3, 0.7), noise: float = 0.0
+) -> list[NetTiming]:
+    """Nets on both sides of a cache, of a device with this scale, offset and refill."""
+    draw = random.Random(small * 100 + large)
+    sizes = [draw.uniform(0.1, 1) * CACHE for _ in range(small)] + [draw.uniform(1.01, 9) * CACHE for _ in range(large)]
+    found = []
+    for i, size in enumerate(sizes):
+        total = size * draw.uniform(1, 3)
+        ms = (law[0] * total + law[1] + law[2] * (size > CACHE)) * (1 + draw.uniform(-noise, noise))
+        found.append(NetTiming(f"n{i}", ms, total, ms, ms, 0.0, size))
+    return found
+
+
+@pytest.mark.parametrize("small", [2, 5, 20])
+def test_the_refill_of_a_made_up_device_is_found(small: int) -> None:
+    calibration = calibrate(weighed(small, MIN_NETS), CACHE)
+    assert calibration is not None and calibration.mape < 1e-9
+    found = calibration.scale, calibration.offset_ms, calibration.refill_ms
+    assert found == pytest.approx((1.1, 0.3, 0.7)) and calibration.cache_mb == CACHE
+    assert calibration.predict(2.0, CACHE) == pytest.approx(2.5)
+    assert calibration.predict(2.0, CACHE + 1e-6) == pytest.approx(3.2)
+
+
+def test_held_out_errors_refit_the_refill_too() -> None:
+    timed = weighed(4, 14, noise=0.1)
+    calibration = calibrate(timed, CACHE)
+    assert calibration is not None and calibration.refill_ms > 0
+
+    def row(net: NetTiming) -> list[float]:
+        return [net.sum_ms, 1.0, float(net.weights_mb > CACHE)]
+
+    errors = []
+    for net in timed:
+        rest = [n for n in timed if n is not net]
+        weights = np.diag([1 / n.measured_ms**2 for n in rest])
+        design, times = np.array([row(n) for n in rest]), np.array([n.measured_ms for n in rest])
+        law = np.linalg.solve(design.T @ weights @ design, design.T @ weights @ times)  # normal equations
+        errors.append(abs(law @ row(net) / net.measured_ms - 1))
+    assert calibration.mape == pytest.approx(np.mean(errors)) and calibration.worst == pytest.approx(max(errors))
+
+
+def test_the_only_small_net_is_predicted_without_a_refill() -> None:
+    timed = weighed(1, 12)
+    calibration = calibrate(timed, CACHE)
+    assert calibration is not None and calibration.refill_ms == pytest.approx(0.7)
+    # The others agree on an offset with the refill in it, which the small one does not pay.
+    assert calibration.worst == pytest.approx(0.7 / timed[0].measured_ms)
+
+
+@pytest.mark.parametrize(
+    ("timed", "cache"),
+    [
+        (weighed(5, 12), 0.0),
+        (weighed(0, 12), CACHE),
+        (weighed(12, 0), CACHE),
+        (weighed(12, MIN_NETS - 1), CACHE),
+        (weighed(5, 12, (1.1, 2.0, -0.5)), CACHE),
+        (weighed(5, 12, (1.1, 0.3, 0.0)), CACHE),
+        ([n._replace(weights_mb=0.0) if i == 7 else n for i, n in enumerate(weighed(5, 12))], CACHE),
+    ],
+    ids=["no cache", "all large", "all small", "few large", "large ones faster", "no difference", "weights not noted"],
+)
+def test_what_shows_no_refill_is_fitted_by_a_line(timed: list[NetTiming], cache: float) -> None:
+    calibration = calibrate(timed, cache)
+    assert calibration is not None and (calibration.refill_ms, calibration.cache_mb) == (0.0, 0.0)
+    times = np.array([n.measured_ms for n in timed])
+    line = np.polyfit([n.sum_ms for n in timed], times, 1, w=1 / times)
+    assert (calibration.scale, calibration.offset_ms) == pytest.approx(tuple(line))
+
+
+def test_sums_all_alike_leave_the_offset_out_beside_a_refill() -> None:
+    found = fit_nets([1.0, 1.1, 1.05, 1.2], [2.0, 2.2, 2.6, 2.9], [False, False, True, True])
+    assert found == pytest.approx((2.0, 0.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "expected"),
+    [
+        ({}, 2048, CACHE),
+        ({}, 0, 0.0),
+        ({}, None, 0.0),
+        ({}, "2048", 0.0),
+        ({}, -5, 0.0),
+        ({}, 10**400, 0.0),
+        ({"threads": 2}, 2048, 0.0),
+        ({"provider": "CUDAExecutionProvider"}, 2048, 0.0),
+        ({"runtime": "torch", "provider": "cpu"}, 1024, CACHE / 2),
+    ],
+)
+def test_only_one_core_by_itself_has_a_cache_of_its_own(change: dict[str, Any], said: Any, expected: float) -> None:
+    values = {"runtime": "onnxruntime", "version": "1", "provider": "CPUExecutionProvider",
+              "graph_optimization": "all", "threads": 1, **change}  # fmt: skip
+    assert own_cache_mb(Setting(**values), {"l2_kb": said}) == pytest.approx(expected)
+    assert own_cache_mb(Setting(**values), {}) == 0.0
 
 
 @pytest.mark.parametrize("seed", range(5))

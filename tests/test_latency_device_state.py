@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from diplugin.latency.device import state
@@ -22,6 +24,43 @@ def test_provenance_is_plain_printable_and_bounded() -> None:
     found = state.provenance({"version": "1.0"})
     assert found["device"] and found["machine"] and found["emulated"] is False
     assert all(isinstance(v, bool | int | float) or (v.isprintable() and len(v) <= 500) for v in found.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2048K", 2048), ("1M", 1024), ("256K", 256), ("0K", 0), ("", 0), ("2048", 0), ("K", 0), ("-1K", 0), ("1.5M", 0),
+     ("2048K\n1M", 0), ("9" * 400 + "K", 0), ("garbage", 0)],
+)  # fmt: skip
+def test_sizes_as_the_kernel_writes_them(text: str, expected: int) -> None:
+    assert state.kibibytes(text) == expected
+
+
+LEVEL_1 = {"level": "1", "type": "Data", "size": "48K"}
+CODE = {"level": "2", "type": "Instruction", "size": "64K"}
+LEVEL_2 = {"level": "2", "type": "Unified", "size": "2048K"}
+
+
+@pytest.mark.parametrize(
+    ("caches", "expected"),
+    [
+        ([LEVEL_1, CODE, LEVEL_2, {**LEVEL_2, "level": "3", "size": "32M"}], 2048),
+        ([{**LEVEL_2, "type": "Data", "size": "1M"}], 1024),
+        ([LEVEL_1], 0),
+        ([{**LEVEL_2, "size": "large"}], 0),
+        ([{"level": "2"}, {}], 0),
+        ([], 0),
+    ],
+)
+def test_the_l2_of_a_core(
+    caches: list[dict[str, str]], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, cache in enumerate(caches):
+        (tmp_path / f"index{number}").mkdir()
+        for name, text in cache.items():
+            (tmp_path / f"index{number}" / name).write_text(text + "\n")
+    monkeypatch.setattr(state, "CACHES", str(tmp_path if caches else tmp_path / "nowhere"))
+    assert state.l2_kb() == expected
+    assert state.provenance({})["l2_kb"] == expected
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,33 @@ def test_a_burst_that_disturbs_one_pass_of_every_job_leaves_no_trace() -> None:
     assert disturbed.overhead_ms == quiet.overhead_ms
 
 
+def test_a_device_that_tells_its_cache_gets_a_refill_from_its_nets() -> None:
+    model = plain()
+    trace = trace_network(model, INPUTS)
+    plan = plan_of(model, trace, nets=24)
+    row = {"wall_ms": 9.0, "cv": 0.0, "sentinel_ms": 1.0, "unstable": False}
+    rows = {job["id"]: {**row, "cpu_ms": 0.1} for job in plan.plan["jobs"]}
+    for job in plan.plan["jobs"]:
+        if job["kind"] == "entry":
+            rows[job["id"]] = {**row, "cpu_ms": 0.1 + 1e-5 * OpKey.from_row(job["detail"]["key"]).macs}
+    sums = {net.name: net.sum_ms for net in table_from_rows(plan.plan, rows, {}).nets}
+    cache = 4096
+    for job in plan.plan["jobs"]:
+        if job["kind"] == "net":
+            # Weights of a layer: what it reads times what it writes times its kernel.
+            floats = sum(k[1] * k[2] * (9 if k[0] == "conv" else 1) for k in job["detail"]["keys"])
+            paid = 0.5 if 4 * floats > cache else 0.0
+            rows[job["id"]] = {**row, "cpu_ms": 1.2 * sums[job["detail"]["name"]] + 0.3 + paid}
+    told = table_from_rows(plan.plan, rows, {"l2_kb": cache // 1024})
+    assert told.calibration is not None and told.calibration.mape < 1e-6
+    found = told.calibration.scale, told.calibration.offset_ms, told.calibration.refill_ms
+    assert found == pytest.approx((1.2, 0.3, 0.5), rel=1e-5) and told.calibration.cache_mb == cache / 1e6
+    assert LatencyCost(trace, told).base == pytest.approx(1.2 * sums["unpruned"] + 0.8, rel=1e-5)
+    for silent in ({}, {"l2_kb": 0}, {"l2_kb": "many"}):
+        line = table_from_rows(plan.plan, rows, silent).calibration
+        assert line is not None and line.refill_ms == 0 and line.mape > 0.005
+
+
 def test_no_threads_is_refused() -> None:
     with pytest.raises(TableError, match="thread"):
         runtime_setting(0)

@@ -11,9 +11,18 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from diplugin.errors import RoundedLatencyWarning, TableError
-from diplugin.table_format import content_sha256, document_from_table, dumps_table, strict_json, table_from_document
+from diplugin.table_format import (
+    content_sha256,
+    document_from_table,
+    dumps_table,
+    shipped_folder,
+    shipped_tables,
+    strict_json,
+    table_from_document,
+)
 from diplugin.tables import Alignment, Calibration, Entry, LatencyTable, NetTiming, OpKey, Setting
 
 SETTING = Setting("onnxruntime", "1.32.0", "CPUExecutionProvider", "all", 1)
@@ -123,6 +132,80 @@ def test_a_saved_table_loads_equal(tmp_path: Path) -> None:
     assert document_from_table(other) == document_from_table(one)
     assert other.calibration == one.calibration and other.provenance == one.provenance
     assert [p.name for p in path.parent.iterdir()] == ["t.json"]
+
+
+def refilled() -> LatencyTable:
+    calibration = Calibration(1.02, 0.1, 12, 0.011, 0.03, 0.99, refill_ms=0.2, cache_mb=2.097152)
+    return table(8, nets=(NetTiming("unpruned", 2.0, 1.9, 2.0, 2.1, 0.004, 11.5),), calibration=calibration)
+
+
+def test_refill_and_weights_are_written_only_where_there_are_some(tmp_path: Path) -> None:
+    one, older = refilled(), table(8)
+    loaded = LatencyTable.load(one.save(tmp_path / "t.json"))
+    assert loaded == one and loaded.nets[0].weights_mb == 11.5
+    document = document_from_table(older)
+    assert list(document["calibration"]) == ["scale", "offset_ms", "nets", "mape", "worst", "rho"]
+    assert document["net_columns"] == ["name", "measured_ms", "sum_ms", "cpu_ms", "wall_ms", "cv"]
+    again = table_from_document(document)
+    assert again.calibration is not None and (again.calibration.refill_ms, again.calibration.cache_mb) == (0.0, 0.0)
+    assert [net.weights_mb for net in again.nets] == [0.0]
+
+
+@pytest.mark.parametrize("name", shipped_tables())
+def test_a_shipped_table_is_written_again_byte_for_byte(name: str) -> None:
+    assert dumps_table(LatencyTable.load(name)) == (shipped_folder() / f"{name}.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"refill_ms": 0}, {"refill_ms": -0.1}, {"refill_ms": "0.2"}, {"refill_ms": True}, {"refill_ms": 1e9},
+        {"cache_mb": 0}, {"cache_mb": -2.0}, {"cache_mb": None}, {"cache_mb": 1e9}, {"refill": 0.2},
+    ],
+)  # fmt: skip
+def test_a_refill_that_cannot_be_is_refused(change: dict[str, Any]) -> None:
+    calibration = document_from_table(refilled())["calibration"]
+    with pytest.raises(ValueError, match="calibration") as error:
+        table_from_document(resealed(calibration={**calibration, **change}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["refill_ms", "cache_mb"])
+def test_a_refill_without_a_cache_is_refused(name: str) -> None:
+    calibration = document_from_table(refilled())["calibration"]
+    del calibration[name]
+    with pytest.raises(ValueError, match=r"exactly.*refill_ms, cache_mb"):
+        table_from_document(resealed(calibration=calibration))
+
+
+@pytest.mark.parametrize("weights", [-1.0, "11", None, True, 1e9])
+def test_weights_that_cannot_be_are_refused(weights: Any) -> None:
+    document = document_from_table(refilled())
+    nets = [[*document["nets"][0][:-1], weights]]
+    with pytest.raises(ValueError, match="weights_mb"):
+        table_from_document(resealed(net_columns=document["net_columns"], nets=nets))
+
+
+@pytest.mark.parametrize("columns", [[], ["name"], ["weights_mb"], "name", {}, None])
+def test_other_net_columns_are_refused(columns: Any) -> None:
+    with pytest.raises(ValueError, match="columns"):
+        table_from_document(resealed(net_columns=columns))
+
+
+@pytest.mark.parametrize(
+    ("key", "layer"),
+    [
+        (conv(12, 8), nn.Conv2d(12, 8, 3, bias=False)),
+        (conv(12, 12, groups=12), nn.Conv2d(12, 12, 3, groups=12, bias=False)),
+        (conv(12, 8, groups=4), nn.Conv2d(12, 8, 3, groups=4, bias=False)),
+        (conv(12, 8, op="conv_transpose", groups=2), nn.ConvTranspose2d(12, 8, 3, groups=2, bias=False)),
+        (conv(12, 8, kernel=(1, 5)), nn.Conv2d(12, 8, (1, 5), bias=False)),
+        (OpKey("linear", 12, 8, size=(7,)), nn.Linear(12, 8, bias=False)),
+    ],
+)
+def test_weight_bytes_are_those_of_torchs_layer(key: OpKey, layer: nn.Module) -> None:
+    floats = sum(p.numel() * p.element_size() for p in layer.parameters())
+    assert key.weight_bytes == floats and replace(key, dtype="int8").weight_bytes == floats // 4
 
 
 def resealed(**changes: Any) -> dict[str, Any]:

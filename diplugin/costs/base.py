@@ -21,7 +21,7 @@ class CostModel(Protocol):
     A model may offer more, which the search uses where it is there: `neighbours(group)`, the groups whose changes
     depend on this one's width; `allowed_widths(group)`, the widths it knows; `guide`, a smoother cost model that
     says which way is down where the cost itself, being a maximum, does not; and `sums`, lists of `Term`s: the cost is
-    their sum, or the largest of their sums if there are several.
+    their sum, or the largest of their sums if there are several, or, where `bounded` is true, at most that.
     """
 
     name: str

@@ -2,12 +2,16 @@
 
 Every convolution and linear layer is one term; BatchNorm and the activation behind it are fused into its entry by
 the runtime, and what no entry covers (pooling, additions, calls) is in the calibration's offset.
+
+The calibration's refill is paid by nets whose weights outgrow the device's cache. It hangs on all widths at once, so it
+is no term: `sums` and `guide` always count it, a bound from above; `cost` and `change` count it where it is due.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import cached_property
 from math import prod
 
 from ..errors import RoundedLatencyWarning, TableError, UncalibratedLatencyWarning
@@ -71,13 +75,20 @@ class LatencyCost(SeparableCost):
         if table.calibration is None:
             warnings.warn(f"table {table.name!r} has no end-to-end calibration: latencies are uncalibrated sums",
                           UncalibratedLatencyWarning, stacklevel=2)  # fmt: skip
+        self._weights = SeparableCost("weights", "bytes", trace.base_widths, list(self._weight_terms()))
+        # Narrower nets hold fewer weights: where the unpruned one pays no refill, none does.
+        self._refill_ms = self._refill(trace.base_widths)
         super().__init__("latency_ms", "ms", trace.base_widths, list(self._terms_of()))
+
+    def _weight_terms(self) -> Iterator[Term]:
+        for layer in self._layers:
+            yield Term(layer.groups, lambda w, layer=layer: layer.key(w).weight_bytes)
 
     def _terms_of(self) -> Iterator[Term]:
         calibration = self.table.calibration
         scale = calibration.scale if calibration is not None else 1.0
         offset = calibration.offset_ms if calibration is not None else self.table.overhead_ms
-        yield Term((), lambda _: offset)
+        yield Term((), lambda _: offset + self._refill_ms)
         for layer in self._layers:
             yield Term(layer.groups, lambda w, layer=layer: scale * self._entry_ms(layer, w))
 
@@ -91,6 +102,35 @@ class LatencyCost(SeparableCost):
             warnings.warn(f"no entry for '{key.text}': using the wider '{found.text}' (said once)",
                           RoundedLatencyWarning, stacklevel=2)  # fmt: skip
         return self.table.by_key[found].latency_ms
+
+    def cost(self, widths: Widths) -> float:
+        return super().cost(widths) - self._spared_ms(widths)
+
+    def change(self, widths: Widths, group: str, width: int) -> float:
+        grown = super().change(widths, group, width)
+        if not self.bounded:
+            return grown
+        return grown + self._spared_ms(widths) - self._spared_ms({**widths, group: width})
+
+    def _spared_ms(self, widths: Widths) -> float:
+        """The refill if a net's weights stay in the cache, although the unpruned net's do not."""
+        return self._refill_ms - self._refill(widths) if self._refill_ms else 0.0
+
+    def _refill(self, widths: Widths) -> float:
+        calibration = self.table.calibration
+        return calibration.refill(self._weights.cost(widths) / 1e6) if calibration is not None else 0.0
+
+    @property
+    def bounded(self) -> bool:
+        """Whether `sums` are above the cost somewhere."""
+        return self._refill_ms > 0
+
+    @cached_property
+    def guide(self) -> SeparableCost:
+        """The cost without its one step down, which no move far from it would see."""
+        if not self.bounded:
+            return self
+        return SeparableCost(self.name, self.unit, self._base_widths, self._terms)
 
     @property
     def calibrated(self) -> bool:

@@ -3,7 +3,7 @@
 A one-operator graph also pays for being called and, in a runtime that computes in a blocked layout, for reordering
 its input and output. Both were timed apart. The call is taken off, and half of what the reordering took: it also brings
 tensors into the cache, which a layer inside a net pays for too. (Half predicts whole nets best: benchmarks, B4.) The
-nets timed end to end then give the calibration.
+nets timed end to end then give the calibration, which knows the cache that the device says it has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..errors import TableError
 from ..table_format import document_from_table, table_from_document
 from ..tables import Alignment, Entry, LatencyTable, NetTiming, OpKey, Setting
 from . import device
-from .calibration import MIN_NETS, calibrate, measured_alignment
+from .calibration import MIN_NETS, calibrate, measured_alignment, own_cache_mb
 
 MIN_SHARE = 0.2
 EDGE_SHARE = 0.5
@@ -130,7 +130,8 @@ def table_from_rows(
         name=name or plan["name"], device=device_name or str(provenance.get("device", "unknown device"))[:160],
         setting=setting, entries=tuple(entries.values()), nets=nets,
         alignment=Alignment(**known) if known else alignment_of(entries, probes),
-        overhead_ms=overhead, calibration=calibrate(steady if len(steady) >= MIN_NETS else nets),
+        overhead_ms=overhead,
+        calibration=calibrate(steady if len(steady) >= MIN_NETS else nets, own_cache_mb(setting, provenance)),
         emulated=bool(provenance.get("emulated", False)), provenance=dict(provenance), plan_sha256=plan["sha256"],
     )  # fmt: skip
 
@@ -151,8 +152,9 @@ def _edge_ms(edges: Mapping[Edge, float], key: OpKey) -> float:
 
 
 def _net(detail: Mapping[str, Any], row: Row, ms: float, entries: Mapping[OpKey, Entry]) -> NetTiming:
-    total = sum(entries[OpKey.from_row(key)].latency_ms for key in detail["keys"])
-    return NetTiming(detail["name"], ms, total, row["cpu_ms"], row["wall_ms"], row["cv"])
+    keys = [OpKey.from_row(key) for key in detail["keys"]]
+    total, weights = sum(entries[key].latency_ms for key in keys), sum(key.weight_bytes for key in keys)
+    return NetTiming(detail["name"], ms, total, row["cpu_ms"], row["wall_ms"], row["cv"], weights / 1e6)
 
 
 def alignment_of(entries: Mapping[OpKey, Entry], probes: list[OpKey]) -> Alignment:

@@ -25,8 +25,10 @@ def table_info(table: LatencyTable) -> dict[str, Any]:
         "alignment": f"multiples of {table.alignment.step}" if table.alignment.step > 1 else "none measured",
         "calibration": None if fit is None else asdict(fit),
         "error_band": None if table.error_band is None else list(table.error_band),
-        "nets": [{"predicted_ms": fit.predict(n.sum_ms), "measured_ms": n.measured_ms} for n in table.nets]
-        if fit
-        else [],
+        "nets": [
+            {"predicted_ms": fit.predict(n.sum_ms, n.weights_mb), "measured_ms": n.measured_ms}
+            for n in table.nets
+            if fit
+        ],
         "profile_plan_sha256": table.plan_sha256,
     }

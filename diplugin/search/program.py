@@ -7,7 +7,7 @@ polytope, the tightest of the usual linearisations: on a chain of layers it leav
 
 A term of more groups (a layer behind a concatenation) is split into what single groups and pairs of groups contribute
 around one structure. For products of sums of widths that is exact, for a table's staircase it is not, and the program
-says so.
+says so; as it does of a cost whose terms only bound it from above.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LinearCost:
     Attributes:
         limit: what the sum may be at most.
         constant, single, pairs: shares per option and per pair of options.
-        exact: whether the shares add up to the sum everywhere.
+        exact: whether the shares add up to the cost everywhere.
     """
 
     model: CostModel
@@ -63,7 +63,7 @@ def linear_costs(limits: Iterable[tuple[CostModel, float]], options: Options, ar
     found = []
     for model, limit in limits:
         for terms in getattr(model, "sums"):  # noqa: B009, not part of the protocol
-            cost = LinearCost(model, limit)
+            cost = LinearCost(model, limit, exact=not getattr(model, "bounded", False))
             for term in terms:
                 _add(cost, term, options, around)
             if not cost.never_binds:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
+
+CACHES = "/sys/devices/system/cpu/cpu0/cache"
 
 
 def read_text(path):
@@ -44,6 +47,28 @@ def frequencies():
     return " ".join(filter(None, found))
 
 
+def l2_kb():
+    """Size of a core's L2 cache in KiB; 0 where the system does not tell."""
+    for name in names_in(CACHES):
+        level, kind, size = (read_text(f"{CACHES}/{name}/{what}") for what in ("level", "type", "size"))
+        if level == "2" and kind in ("Unified", "Data"):
+            return kibibytes(size)
+    return 0
+
+
+def kibibytes(text):
+    """A size as the kernel writes it, "2048K" or "1M"; 0 for any other text."""
+    found = re.fullmatch("([0-9]{1,7})([KM])", text)
+    return int(found.group(1)) * {"K": 1, "M": 1024}[found.group(2)] if found else 0
+
+
+def names_in(folder):
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
 def emulated():
     """Whether an emulator stands in for the device: its times mean nothing."""
     if os.environ.get("DIPLUGIN_EMULATED"):
@@ -74,6 +99,7 @@ def provenance(setting):
         "affinity": " ".join(map(str, affinity)),
         "governor": read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "frequencies_khz": frequencies(),
+        "l2_kb": l2_kb(),
         "load": f"{load[0]:.2f}",
         "emulated": emulated(),
         "runtime_version": setting.get("version", ""),
