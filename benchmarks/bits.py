@@ -1,7 +1,7 @@
 """B6: bits per channel. File size on disk and accuracy as ONNX Runtime gives it, ResNet-20 and ResNet-56 on CIFAR-10.
 
     python benchmarks/bits.py --data DIR --weights DIR [--nets resnet20,resnet56] [--pruned] [--finetune EPOCHS]
-                              [--fractions 0.6,0.45,0.35] [--strategies di,uniform,…]
+                              [--fractions 0.6,0.5,0.45] [--strategies di,uniform,…]
                               [--json OUT] [--quick]
 
 For every network: float32, 8 bits everywhere, then mixed bits at fractions of that file's size, allocated by DI,
@@ -48,7 +48,7 @@ from examples import cifar_resnet
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STRATEGIES = (DIBits(), OutputErrorBits(), UniformBits(), MagnitudeBits(), RandomBits())
-FRACTIONS = "0.6,0.45,0.35"
+FRACTIONS = "0.5"
 CHECKED = 500
 Rows = list[dict[str, Any]]
 
