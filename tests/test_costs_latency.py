@@ -132,7 +132,7 @@ def test_an_unpruned_net_that_fits_into_the_cache_has_a_cost_without_a_refill(tr
     calibration = Calibration(1.5, 0.25, 12, 0.01, 0.02, 1.0)
     plain = LatencyCost(trace, full_table(trace, calibration))
     cost = LatencyCost(trace, full_table(trace, replace(calibration, refill_ms=0.4, cache_mb=1.0)))
-    assert cost.base == plain.base and cost.guide is cost and not cost.bounded
+    assert cost.base == plain.base and cost.guide is cost and cost.step is None
 
 
 def test_an_uncalibrated_table_is_said_to_be(trace: NetworkTrace) -> None:

@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -199,6 +200,37 @@ def test_a_latency_table_with_plateaus(fraction: float) -> None:
     assert plan.costs["latency_ms"].fraction <= fraction * (1 + 1e-12)
     assert loss_of(trace, scores, plan.widths) == pytest.approx(optimum, rel=1e-6)
     assert "proven" in plan.found_by
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("fits", [0.3, 0.5, 0.7])
+def test_a_latency_table_with_a_refill(share: float, fits: float) -> None:
+    """Some budgets hold with the refill paid, some only because a net fits into the cache."""
+    trace, scores = tiny()
+    table = table_with_plateaus(trace)
+    smooth = tuple(entry._replace(latency_ms=1e-4 * entry.key.macs + 0.01) for entry in table.entries)
+    calibration = Calibration(1.1, 0.2, 12, 0.01, 0.02, 1.0, refill_ms=2.0,
+                              cache_mb=fits * weights_mb(trace, trace.base_widths))  # fmt: skip
+    cost = LatencyCost(trace, replace(table, entries=smooth, calibration=calibration))
+    grid = {n: cost.allowed_widths(n) or (c,) for n, c in trace.base_widths.items()}
+    least = cost.cost({n: widths[0] for n, widths in grid.items()})
+    limit = least + share * (cost.base - least)
+    optimum = best_loss(trace, scores, [(cost, limit)], grid)
+    scorer, budget = FixedScores(trace.prunable, scores), [Budget(cost.name, limit=limit)]
+    for search in (GreedySearch(), EXACT):
+        plan = search(trace, scorer, [cost], budget, ANY_WIDTH)
+        ms = calibration.predict(cost.sum_ms(plan.widths), weights_mb(trace, plan.widths))
+        assert ms == pytest.approx(plan.costs["latency_ms"].predicted) and ms <= limit * (1 + 1e-12)
+        assert plan.path[-1].costs["latency_ms"] == pytest.approx(ms)
+        for g in trace.prunable:  # what the budget leaves was given back
+            wider = [w for w in grid[g.name] if w > plan.widths[g.name]]
+            assert not wider or cost.cost({**plan.widths, g.name: wider[0]}) > limit
+    assert loss_of(trace, scores, plan.widths) == pytest.approx(optimum, rel=1e-6)
+    assert "proven" in plan.found_by and "not proven" not in plan.found_by
+
+
+def weights_mb(trace: NetworkTrace, widths: Mapping[str, int]) -> float:
+    return sum(layer.key(widths).weight_bytes for layer in timed_layers(trace)) / 1e6
 
 
 @pytest.mark.parametrize("fractions", [(0.7, 0.8, 0.9), (0.5, 0.6, 0.6), (0.9, 0.4, 1.0)])

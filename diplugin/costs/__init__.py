@@ -1,7 +1,7 @@
 """What a structure costs, predicted from kept channel counts, and the budgets that limit it."""
 
 from .arithmetic import PeakActivationMemory, layer_macs, macs, params
-from .base import CostModel, SeparableCost, Term, Widths
+from .base import CostModel, SeparableCost, Step, Term, Widths
 from .budget import Budget
 from .latency import LatencyCost
 
@@ -11,6 +11,7 @@ __all__ = [
     "LatencyCost",
     "PeakActivationMemory",
     "SeparableCost",
+    "Step",
     "Term",
     "Widths",
     "layer_macs",

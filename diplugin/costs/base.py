@@ -21,7 +21,8 @@ class CostModel(Protocol):
     A model may offer more, which the search uses where it is there: `neighbours(group)`, the groups whose changes
     depend on this one's width; `allowed_widths(group)`, the widths it knows; `guide`, a smoother cost model that
     says which way is down where the cost itself, being a maximum, does not; and `sums`, lists of `Term`s: the cost is
-    their sum, or the largest of their sums if there are several, or, where `bounded` is true, at most that.
+    their sum, or the largest of their sums if there are several, less the amount of `step`, a `Step` or None, where it
+    is not due.
     """
 
     name: str
@@ -47,6 +48,15 @@ class Term:
 
     groups: tuple[str, ...]
     value: Callable[[Widths], float]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a cost that is due only while some other sum of terms is above a limit."""
+
+    amount: float
+    terms: tuple[Term, ...]
+    limit: float
 
 
 class SeparableCost:

@@ -4,7 +4,7 @@ Every convolution and linear layer is one term; BatchNorm and the activation beh
 the runtime, and what no entry covers (pooling, additions, calls) is in the calibration's offset.
 
 The calibration's refill is paid by nets whose weights outgrow the device's cache. It hangs on all widths at once, so it
-is no term: `sums` and `guide` always count it, a bound from above; `cost` and `change` count it where it is due.
+is no term but a `Step`: `sums` and `guide` always count it, `cost` and `change` where it is due.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from math import prod
 from ..errors import RoundedLatencyWarning, TableError, UncalibratedLatencyWarning
 from ..network import LayerSpec, NetworkTrace, Width
 from ..tables import LatencyTable, OpKey
-from .base import SeparableCost, Term, Widths
+from .base import SeparableCost, Step, Term, Widths
 
 
 def op_key(layer: LayerSpec, cin: int, cout: int, dtype: str = "float32") -> OpKey:
@@ -108,7 +108,7 @@ class LatencyCost(SeparableCost):
 
     def change(self, widths: Widths, group: str, width: int) -> float:
         grown = super().change(widths, group, width)
-        if not self.bounded:
+        if self.step is None:
             return grown
         return grown + self._spared_ms(widths) - self._spared_ms({**widths, group: width})
 
@@ -120,15 +120,18 @@ class LatencyCost(SeparableCost):
         calibration = self.table.calibration
         return calibration.refill(self._weights.cost(widths) / 1e6) if calibration is not None else 0.0
 
-    @property
-    def bounded(self) -> bool:
-        """Whether `sums` are above the cost somewhere."""
-        return self._refill_ms > 0
+    @cached_property
+    def step(self) -> Step | None:
+        """The refill, where the unpruned net pays one."""
+        calibration = self.table.calibration
+        if calibration is None or not self._refill_ms:
+            return None
+        return Step(self._refill_ms, self._weights.sums[0], calibration.cache_mb * 1e6)
 
     @cached_property
     def guide(self) -> SeparableCost:
         """The cost without its one step down, which no move far from it would see."""
-        if not self.bounded:
+        if self.step is None:
             return self
         return SeparableCost(self.name, self.unit, self._base_widths, self._terms)
 

@@ -7,7 +7,7 @@ polytope, the tightest of the usual linearisations: on a chain of layers it leav
 
 A term of more groups (a layer behind a concatenation) is split into what single groups and pairs of groups contribute
 around one structure. For products of sums of widths that is exact, for a table's staircase it is not, and the program
-says so; as it does of a cost whose terms only bound it from above.
+says so. A cost's step is one more 0/1 variable: where it is 0 the step is not paid and its terms keep to its limit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..costs import CostModel, Term, Widths
+from ..costs import CostModel, Step, Term, Widths
 
 Options = Mapping[str, Sequence[int]]
 Pair = tuple[str, str]
@@ -35,7 +35,8 @@ class LinearCost:
     Attributes:
         limit: what the sum may be at most.
         constant, single, pairs: shares per option and per pair of options.
-        exact: whether the shares add up to the cost everywhere.
+        exact: whether the shares add up to the sum everywhere.
+        saved, while_within: what the sum loses where another sum, the step's, keeps to its limit.
     """
 
     model: CostModel
@@ -44,12 +45,18 @@ class LinearCost:
     single: dict[str, np.ndarray] = field(default_factory=dict)
     pairs: dict[Pair, np.ndarray] = field(default_factory=dict)
     exact: bool = True
+    saved: float = 0.0
+    while_within: LinearCost | None = None
+
+    @property
+    def most(self) -> float:
+        """What no choice of widths exceeds."""
+        return self.constant + sum(float(s.max()) for s in [*self.single.values(), *self.pairs.values()])
 
     @property
     def never_binds(self) -> bool:
         """Whether no choice of widths can exceed the limit."""
-        shares = [*self.single.values(), *self.pairs.values()]
-        return self.constant + sum(float(s.max()) for s in shares) <= self.limit
+        return self.most <= self.limit
 
 
 def linear_costs(limits: Iterable[tuple[CostModel, float]], options: Options, around: Widths) -> list[LinearCost]:
@@ -63,12 +70,21 @@ def linear_costs(limits: Iterable[tuple[CostModel, float]], options: Options, ar
     found = []
     for model, limit in limits:
         for terms in getattr(model, "sums"):  # noqa: B009, not part of the protocol
-            cost = LinearCost(model, limit, exact=not getattr(model, "bounded", False))
-            for term in terms:
-                _add(cost, term, options, around)
+            cost = _linear(model, limit, terms, options, around)
+            step: Step | None = getattr(model, "step", None)
+            if step is not None:
+                within = _linear(model, step.limit, step.terms, options, around)
+                cost.saved, cost.while_within, cost.exact = step.amount, within, cost.exact and within.exact
             if not cost.never_binds:
                 found.append(cost)
     return found
+
+
+def _linear(model: CostModel, limit: float, terms: Iterable[Term], options: Options, around: Widths) -> LinearCost:
+    cost = LinearCost(model, limit)
+    for term in terms:
+        _add(cost, term, options, around)
+    return cost
 
 
 def _add(cost: LinearCost, term: Term, options: Options, around: Widths) -> None:
@@ -140,12 +156,15 @@ class Program:
 
     def __init__(self, options: Options, losses: Mapping[str, np.ndarray], costs: Sequence[LinearCost]) -> None:
         self.options, self.costs = options, list(costs)
-        self.pairs = list(dict.fromkeys(pair for cost in self.costs for pair in cost.pairs))
+        self.steps = [(i, cost.while_within) for i, cost in enumerate(self.costs) if cost.while_within is not None]
+        sums = [*self.costs, *(within for _, within in self.steps)]
+        self.pairs = list(dict.fromkeys(pair for cost in sums for pair in cost.pairs))
         self._start: dict[Any, int] = {}
         size = 0
         for name, count in [
             *((g, len(widths)) for g, widths in options.items()),
             *(((g, h), len(options[g]) * len(options[h])) for g, h in self.pairs),
+            *((i, 1) for i, _ in self.steps),
         ]:
             self._start[name] = size
             size += count
@@ -172,6 +191,7 @@ class Program:
 
         kinds = np.zeros(self.size)
         kinds[: self.binaries] = 1
+        kinds[[self._start[i] for i, _ in self.steps]] = 1
         found = milp(
             self.objective, integrality=kinds, bounds=Bounds(0, 1), constraints=self._constraints(tightness),
             options={"time_limit": max(0.1, seconds), "mip_rel_gap": gap},
@@ -193,16 +213,27 @@ class Program:
         ties, right = self._ties()
         rows, upper = [], []
         for cost in self.costs:
-            row = np.zeros(self.size)
-            for name, share in [*cost.single.items(), *cost.pairs.items()]:
-                self._at(row, name, share)
-            rows.append(row / cost.limit)
-            upper.append(tightness.get(cost.model.name, 1.0) - cost.constant / cost.limit)
+            rows.append(self._row(cost) / cost.limit)
+            upper.append(tightness.get(cost.model.name, 1.0) - (cost.constant - cost.saved) / cost.limit)
+        for i, within in self.steps:
+            cost, paid = self.costs[i], self._start[i]
+            # Either the step is paid and its terms are free, or they keep to its limit.
+            rows[i][paid] = cost.saved / cost.limit
+            rows.append(self._row(within) / within.most)
+            rows[-1][paid] = -max(0.0, 1 - within.limit / within.most)
+            upper.append((within.limit - within.constant) / within.most)
         if rows:
             ties = vstack([ties, csr_array(np.array(rows))])
         low: Any = np.concatenate([right, np.full(len(upper), -np.inf)])
         high: Any = np.concatenate([right, upper])
         return LinearConstraint(ties, low, high)
+
+    def _row(self, cost: LinearCost) -> np.ndarray:
+        """A sum's coefficients, its constant left out."""
+        row = np.zeros(self.size)
+        for name, share in [*cost.single.items(), *cost.pairs.items()]:
+            self._at(row, name, share)
+        return row
 
     def _ties(self) -> tuple[Any, np.ndarray]:
         """Rows that make choices choices: one width a group, and pairs that agree with both their groups."""
