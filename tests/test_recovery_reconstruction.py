@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,6 +81,50 @@ def test_it_comes_nearer_to_the_unpruned_outputs(
     assert errors[0] < errors[1], "on images that the fit has not seen"
     assert set(pruned.state_dict()) == keys, "a fresh model takes the weights: no bias appears"
     assert str(state_of(model)) == str(before), "the unpruned network is left as it was"
+
+
+def test_a_large_network_is_fitted_on_what_fits_the_memory(make_net: MakeNet) -> None:
+    model, inputs = make_net("residual")
+    trace, plan = half_of(model, inputs)
+    x = torch.randn(64, *inputs[0].shape[1:], generator=torch.Generator().manual_seed(0))
+    wanted = Reconstruction(images=64, samples=4096)
+    assert wanted.within_memory(trace) == wanted, "there is room"
+    tight = replace(wanted, memory_mb=1).within_memory(trace)
+    bytes_an_image = 4 * max(math.prod(x.input_shape) + math.prod(x.output_shape) for x in trace.layers)
+    assert 1 < tight.images < 64 and tight.images * bytes_an_image * 2 <= 0.5e6
+    channels = sum(x.out_channels for x in trace.layers if x.op != "norm")
+    assert tight.samples < 4096 and 4 * tight.samples * channels <= 0.25e6
+
+    def refitted(settings: Reconstruction, images: Tensor) -> Tensor:
+        pruned = apply_plan(copy.deepcopy(model), plan)
+        assert reconstruct(pruned, model, [(images,)], trace, plan, settings)
+        return pruned.eval()(x).detach()
+
+    few = replace(wanted, images=tight.images, samples=tight.samples)
+    assert torch.equal(refitted(replace(wanted, memory_mb=1), x), refitted(few, x[: tight.images]))
+
+
+def test_no_map_outlives_its_readers() -> None:
+    """Recognising sums must not keep the large maps of earlier layers alive."""
+    torch.manual_seed(0)
+    body = [layer for i in range(6) for layer in (nn.Conv2d(4 if i else 3, 4, 3, padding=1), nn.ReLU())]
+    model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    inputs = (torch.randn(1, 3, 8, 8),)
+    trace, plan = half_of(model, inputs)
+    pruned = apply_plan(copy.deepcopy(model), plan)
+    seen: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def note(_module: nn.Module, _args: Any, y: Tensor) -> None:
+        nonlocal most
+        seen.append(weakref.ref(y))
+        most = max(most, sum(r() is not None for r in seen))
+
+    for conv in (m for m in pruned.modules() if isinstance(m, nn.Conv2d)):
+        conv.register_forward_hook(note)
+    x = torch.randn(16, *inputs[0].shape[1:], generator=torch.Generator().manual_seed(0))
+    reconstruct(pruned, model, [(x,)], trace, plan, Reconstruction(images=16))
+    assert len(seen) == 6 and 1 <= most <= 2
 
 
 def conv_of(depthwise: bool) -> tuple[nn.Conv2d, Site, Tensor, Tensor]:

@@ -24,9 +24,10 @@ pruning for accelerating very deep neural networks", 2017.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -55,11 +56,25 @@ class Reconstruction:
         images: training images that the fit sees, all at once.
         samples: about this many output positions a layer, spread over the images.
         ridge: λ as a fraction of the inputs' mean square: how strongly the present weights are held.
+        memory_mb: images and samples become fewer until activations and targets take no more than about this.
     """
 
     images: int = 1000
     samples: int = 64_000
     ridge: float = 3e-3
+    memory_mb: int = 4000
+
+    def within_memory(self, trace: NetworkTrace) -> Reconstruction:
+        """These settings, with images and samples that fit a network of this size (float32 assumed).
+
+        Half the memory is for the two largest tensors that one layer reads and writes, twice, since the runtime copies
+        them into layouts of its own; a quarter for all layers' targets.
+        """
+        spare = self.memory_mb * 1e6 / 4
+        largest = max((prod(x.input_shape) + prod(x.output_shape) for x in trace.layers), default=1)
+        values = sum(x.out_channels for x in trace.layers if x.op != "norm") or 1
+        images = max(1, min(self.images, int(2 * spare / (2 * largest * 4))))
+        return replace(self, images=images, samples=max(1, min(self.samples, int(spare / (values * 4)))))
 
 
 @torch.no_grad()
@@ -87,7 +102,7 @@ def reconstruct(
     Raises:
         DataError: the loader yields nothing, or features that are not finite.
     """
-    settings = settings or Reconstruction()
+    settings = (settings or Reconstruction()).within_memory(trace)
     team = current_team(loader)
     with team.guarding():
         batch = _gather(loader, settings.images)
@@ -148,8 +163,9 @@ class _Watch:
     def __init__(self, model: nn.Module, sites: Mapping[str, Site]) -> None:
         self.model, self.sites = model, sites
         self.modules: dict[str, Any] = dict(model.named_modules())
-        # The last few outputs of sites, each with its site: a sum is recognised by the identity of its operands.
-        self._recent: list[tuple[Tensor, Site]] = []
+        # The last few outputs of sites, each with its site: a sum is recognised by the identity of its operands. A
+        # weak reference will do, as an operand is alive; large maps are not kept for it.
+        self._recent: list[tuple[weakref.ref[Tensor], Site]] = []
 
     def before(self, site: Site, x: Tensor) -> None:
         """Called before a site runs."""
@@ -178,7 +194,7 @@ class _Watch:
 
     def _hook(self, stack: ExitStack, module: nn.Module, site: Site, *, first: bool) -> None:
         def seen(_module: nn.Module, _args: Any, y: Tensor) -> None:
-            self._recent = [*self._recent[-7:], (y, site)]
+            self._recent = [*self._recent[-7:], (weakref.ref(y), site)]
             if first:
                 self.after(site, y)
 
@@ -188,7 +204,7 @@ class _Watch:
 
     def site_of(self, x: Any) -> Site | None:
         """The site whose (normalised) output this very tensor is."""
-        return next((site for y, site in reversed(self._recent) if y is x), None)
+        return next((site for y, site in reversed(self._recent) if y() is x), None)
 
 
 class _Sums(TorchFunctionMode):
