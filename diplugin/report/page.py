@@ -233,7 +233,8 @@ def table_lines(run: Run) -> list[tuple[str, str]]:
     band = table.pop("error_band", None)
     lines = flat({k: v for k, v in table.items() if k not in ("nets", "emulated") and v not in (None, {}, [])})
     if isinstance(fit, Mapping):
-        lines += [(name, form(fit[key])) for key, name, form in _CALIBRATION if _is_number(fit.get(key))]
+        lines += [(name, form(fit[key])) for key, name, form in _CALIBRATION
+                  if _is_number(fit.get(key)) and fit[key]]  # fmt: skip
     if isinstance(band, (list, tuple)) and len(band) == 2 and all(map(_is_number, band)):
         lines.append(("Error band", f"{signed_percent(band[0], 0)} to {signed_percent(band[1], 0)}"))
     return lines
@@ -246,6 +247,8 @@ _CALIBRATION: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("rho", "Rank correlation", lambda r: f"{r:.3f}"),
     ("scale", "Scale on the sum of layers", lambda s: f"{s:.3f}"),
     ("offset_ms", "Offset", lambda ms: value("latency_ms", ms)),
+    ("refill_ms", "More, where weights outgrow the cache", lambda ms: value("latency_ms", ms)),
+    ("cache_mb", "The cache", lambda mb: value("size_mb", mb)),
 )
 
 
