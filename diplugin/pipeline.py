@@ -41,6 +41,8 @@ from .tables import LatencyTable
 from .taps import AfterActivation, Tap
 from .team import current_team
 
+#: Beyond what two timings of one network differ by.
+CLEARLY_SLOWER = 1.1
 Tell = Callable[[str], None]
 
 
@@ -239,6 +241,12 @@ class _Run:
         with self.stage("export"):
             save_pruned(pruned, plan, self.folder.path)
             self.final.update(self.measure.exported(pruned, self.folder.path / ONNX))
+        before, after = self.metrics["base"].get("latency_ms_measured"), self.final.get("latency_ms_measured")
+        if before and after and after > CLEARLY_SLOWER * before:
+            self.tell(
+                f"slower than unpruned on this machine, {after:.2f} ms against {before:.2f}: its runtime likes "
+                "other widths; give a latency budget with a table, or keep to multiples of 8 (align)"
+            )
 
     def quantize(self, pruned: nn.Module, teacher: nn.Module) -> Any:
         from .quantize import quantize_run

@@ -17,6 +17,7 @@ from diplugin.accuracy import accuracy
 from diplugin.costs import macs
 from diplugin.errors import BudgetError, DataError, InfeasibleBudget, ModelError, PlanError
 from diplugin.export import run_onnx
+from diplugin.measurements import Measure
 from diplugin.network import trace_network
 from diplugin.recovery import FineTuning, Recalibrate, train
 from diplugin.search import ExactSearch
@@ -84,6 +85,17 @@ def test_a_run_delivers_what_it_says(trained: nn.Module, loader: Any, test_loade
     assert metrics["recovered"]["accuracy"] == accuracy(result.model, test_loader)
     assert metrics["recovered"]["accuracy"] > metrics["base"]["accuracy"] - 0.1
     assert metrics["recovered"]["size_mb"] == (out / "model.onnx").stat().st_size / 1e6
+
+
+def test_a_network_that_got_slower_is_told_so(
+    trained: nn.Module, loader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Smaller is not faster where a runtime does not like the widths; a user who asked for MACs must hear of it."""
+    for times, heard in (((1.0, 2.0), True), ((1.0, 1.0), False), ((None, None), False)):
+        left, said = iter(times), []
+        monkeypatch.setattr(Measure, "_time", lambda *_, left=left: next(left))
+        compress(trained, loader, out=tmp_path / f"{times}", tell=said.append)
+        assert any("slower than unpruned" in line for line in said) == heard
 
 
 def test_what_is_written_is_the_network(trained: nn.Module, loader: Any, tmp_path: Path) -> None:
