@@ -12,6 +12,7 @@ import pytest
 from diplugin.latency import device
 from diplugin.latency.device import profiler
 from diplugin.latency.device.timer import Timer
+from diplugin.latency.finish import table_from_rows
 from diplugin.latency.plan import ProfilePlan, Protocol, add_entries
 from diplugin.tables import OpKey, Setting
 
@@ -94,6 +95,38 @@ def test_rows_of_a_throttled_device_are_taken_again_then_marked(
     assert looks[0] == chunks + 2 and len(rows) == len(plan.jobs)
     monkeypatch.setattr(profiler, "throttled", lambda: True)
     assert all(row["unstable"] for row in run(plan, tmp_path / "always").rows.values())
+
+
+def test_a_fast_moment_does_not_make_all_else_look_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor may run faster for a second; what it does the rest of the time is what counts."""
+    plan, readings = small_plan(20), iter([0.9])
+    taken = [0]
+
+    def sentinel(_: Any, timers: list[Timer]) -> float:
+        for timer in timers:
+            timer.round()
+        taken[0] += 1
+        return next(readings, 1.0)
+
+    monkeypatch.setattr(profiler.Profiler, "time_rounds", sentinel)
+    rows = run(plan, tmp_path / "j").rows
+    chunks = -(-len(plan.jobs) // FAST.chunk)
+    assert chunks >= 8 and taken[0] <= 1 + chunks + 4, "the first few are taken again, the others are as usual"
+    assert {row["sentinel_ms"] for row in rows.values()} == {1.0}
+
+
+def test_rows_of_slow_and_of_fast_moments_are_brought_to_the_usual(tmp_path: Path) -> None:
+    plan = small_plan(20)
+    row = {"wall_ms": 9.0, "cv": 0.0, "unstable": False}
+    speeds = [0.8 if i % 7 == 3 else 1.3 if i % 7 == 5 else 1.0 for i in range(len(plan.jobs))]
+    rows = {job.id: {**row, "cpu_ms": (1 + i) * speed, "sentinel_ms": 2.0 * speed}
+            for i, (job, speed) in enumerate(zip(plan.jobs, speeds, strict=True))}  # fmt: skip
+    calm = {job.id: {**row, "cpu_ms": 1.0 + i, "sentinel_ms": 2.0} for i, job in enumerate(plan.jobs)}
+    moody, steady = table_from_rows(plan.plan, rows, {}), table_from_rows(plan.plan, calm, {})
+    for one, other in zip(moody.entries, steady.entries, strict=True):
+        assert one.key == other.key and one.latency_ms == pytest.approx(other.latency_ms)
+    assert any(e.unstable for e in moody.entries) and not all(e.unstable for e in moody.entries)
+    assert not any(e.unstable for e in steady.entries)
 
 
 def test_a_graph_that_the_runtime_refuses_is_named(tmp_path: Path) -> None:

@@ -77,16 +77,16 @@ class _Times:
         one_thread = setting["threads"] == 1 and setting["provider"] == "CPUExecutionProvider"
         self.clock = "cpu_ms" if one_thread else "wall_ms"
         self.plan, self.rows = plan, rows
-        self.best_ms = min(row["sentinel_ms"] for row in rows.values())
+        self.usual_ms = device.floor_of([row["sentinel_ms"] for row in rows.values()])
 
     def unstable(self, row: Row) -> bool:
-        """Whether a row scattered, or the device was slower than at its best while it was timed."""
-        return row["unstable"] or row["sentinel_ms"] > (1 + device.DRIFT) * self.best_ms
+        """Whether a row scattered, or the device was not as fast as usual while it was timed."""
+        return row["unstable"] or device.drifted(row["sentinel_ms"], self.usual_ms)
 
     def ms(self, row: Row) -> float:
-        """A row's time; one taken in a slow minute is brought down by as much as the sentinel beside it was slow."""
-        slow = row["sentinel_ms"] > (1 + device.DRIFT) * self.best_ms
-        return row[self.clock] * (self.best_ms / row["sentinel_ms"] if slow else 1.0)
+        """A row's time; one taken in a slow minute, or a fast moment, is corrected as the sentinel beside it says."""
+        off = device.drifted(row["sentinel_ms"], self.usual_ms)
+        return row[self.clock] * (self.usual_ms / row["sentinel_ms"] if off else 1.0)
 
     def of(self, *kinds: str) -> Iterator[tuple[Mapping[str, Any], Row, float]]:
         """Detail, row and time of every job of these kinds; where several passes timed it, of the best row."""

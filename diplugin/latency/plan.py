@@ -40,7 +40,7 @@ class Protocol:
     Of each round the fastest run counts, of the rounds the lower quartile. `chunk` jobs are interleaved with each
     other; a slow graph runs at least `min_runs` times a round; a restless job gets up to `patience` times the rounds.
     `gap_ms` between rounds spreads them over time;
-    a chunk is timed again later if the device was slower than at its best, at most `pauses` times, with pauses of
+    a chunk is timed again later if the device was not as fast as usual, at most `pauses` times, with pauses of
     `pause_s` once nothing else is left to do. All jobs are gone through `passes` times, one pass after the other, and
     the best time of each counts: what disturbs a device, its memory most of all, comes in bursts. Whole nets get
     `net_turns` turns in each pass, since they are few, all predictions hang on them, and they feel memory most.

@@ -18,11 +18,11 @@ from .command import progress_line
 from .documents import SCHEMA, canonical
 from .errors import ProfileError
 from .journal import Journal, read_journal
-from .profiler import DRIFT, profile
+from .profiler import drifted, profile
 from .state import device_model
+from .timer import floor_of
 
 __all__ = [
-    "DRIFT",
     "PLAN_FORMAT",
     "SCHEMA",
     "Bundle",
@@ -30,6 +30,8 @@ __all__ = [
     "ProfileError",
     "canonical",
     "device_model",
+    "drifted",
+    "floor_of",
     "plan_sha256",
     "profile",
     "progress_line",

@@ -25,7 +25,7 @@ class Profiler:
         self.setting, self.protocol = self.plan["setting"], self.plan["protocol"]
         self.thread_clock = self.setting["threads"] == 1 and self.setting["provider"] == "CPUExecutionProvider"
         self.progress = progress or (lambda done, total: None)
-        self.reference = 0.0
+        self.seen = []
 
     def run(self):
         todo = [job for job in self.plan["jobs"] if job["id"] not in self.journal.rows]
@@ -34,8 +34,8 @@ class Profiler:
         if not todo:
             return
         self.journal.start(provenance({"version": self.runtime.version}))
-        seen = [row["sentinel_ms"] for row in self.journal.rows.values()]
-        self.reference = min([*seen, *self.known, self.time_rounds([])])
+        done = [row["sentinel_ms"] for row in self.journal.rows.values()]
+        self.seen = [*done, *self.known, self.time_rounds([])]
         waiting = [(chunk, 0) for chunk in chunks(todo, self.protocol["chunk"])]
         while waiting:
             chunk, put_off = waiting.pop(0)
@@ -54,8 +54,8 @@ class Profiler:
         """Rows of a chunk of jobs; None if the device drifted or said that it is throttled, but for the last try."""
         timers = [self.timer(job) for job in chunk]
         sentinel_ms, limited = self.time_rounds(timers), throttled()
-        self.reference = min(self.reference, sentinel_ms)
-        if not last and (limited or sentinel_ms > (1 + DRIFT) * self.reference):
+        self.seen.append(sentinel_ms)
+        if not last and (limited or drifted(sentinel_ms, floor_of(self.seen))):
             return None
         return [t.row(sentinel_ms, limited) for t in timers]
 
@@ -83,6 +83,12 @@ class Profiler:
                 f"the graph of {what} does not run in this device's runtime {self.runtime.version} "
                 f"({first_line(error)}): update the runtime, or plan again without it"
             ) from None
+
+
+def drifted(sentinel_ms, usual_ms):
+    """Whether a device was slower than usual, or for a moment faster. What is usual is the lower quartile of what was
+    seen: not the fastest, beside which all else would look slow."""
+    return not usual_ms / (1 + DRIFT) <= sentinel_ms <= usual_ms * (1 + DRIFT)
 
 
 def chunks(jobs, size):
