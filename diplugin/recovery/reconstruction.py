@@ -71,8 +71,9 @@ class Reconstruction:
         them into layouts of its own; a quarter for all layers' targets.
         """
         spare = self.memory_mb * 1e6 / 4
-        largest = max((prod(x.input_shape) + prod(x.output_shape) for x in trace.layers), default=1)
-        values = sum(x.out_channels for x in trace.layers if x.op != "norm") or 1
+        layers = [x for x in trace.layers if x.op != "norm"]
+        largest = max((prod(x.input_shape) + prod(x.output_shape) for x in layers), default=1)
+        values = sum(x.out_channels for x in layers) or 1
         images = max(1, min(self.images, int(2 * spare / (2 * largest * 4))))
         return replace(self, images=images, samples=max(1, min(self.samples, int(spare / (values * 4)))))
 
