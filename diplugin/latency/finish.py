@@ -2,7 +2,7 @@
 
 A one-operator graph also pays for being called and, in a runtime that computes in a blocked layout, for reordering
 its input and output. Both were timed apart. The call is taken off, and half of what the reordering took: it also brings
-tensors into the cache, which a layer inside a net pays for too. (Half predicts whole nets best: benchmarks, B4.) The
+tensors into the cache, which a layer inside a net pays for too. The
 nets timed end to end then give the calibration, which knows the cache that the device says it has.
 """
 
