@@ -76,8 +76,7 @@ class LatencyCost(SeparableCost):
             warnings.warn(f"table {table.name!r} has no end-to-end calibration: latencies are uncalibrated sums",
                           UncalibratedLatencyWarning, stacklevel=2)  # fmt: skip
         self._weights = SeparableCost("weights", "bytes", trace.base_widths, list(self._weight_terms()))
-        # Narrower nets hold fewer weights: where the unpruned one pays no refill, none does.
-        self._refill_ms = self._refill(trace.base_widths)
+        self.step = self._step()
         super().__init__("latency_ms", "ms", trace.base_widths, list(self._terms_of()))
 
     def _weight_terms(self) -> Iterator[Term]:
@@ -88,7 +87,8 @@ class LatencyCost(SeparableCost):
         calibration = self.table.calibration
         scale = calibration.scale if calibration is not None else 1.0
         offset = calibration.offset_ms if calibration is not None else self.table.overhead_ms
-        yield Term((), lambda _: offset + self._refill_ms)
+        refill = self.step.amount if self.step is not None else 0.0
+        yield Term((), lambda _: offset + refill)
         for layer in self._layers:
             yield Term(layer.groups, lambda w, layer=layer: scale * self._entry_ms(layer, w))
 
@@ -114,19 +114,15 @@ class LatencyCost(SeparableCost):
 
     def _spared_ms(self, widths: Widths) -> float:
         """The refill if a net's weights stay in the cache, although the unpruned net's do not."""
-        return self._refill_ms - self._refill(widths) if self._refill_ms else 0.0
+        return self.step.amount if self.step is not None and self._weights.cost(widths) <= self.step.limit else 0.0
 
-    def _refill(self, widths: Widths) -> float:
+    def _step(self) -> Step | None:
+        """The refill, where the unpruned net pays one; narrower nets hold fewer weights, so else none does."""
         calibration = self.table.calibration
-        return calibration.refill(self._weights.cost(widths) / 1e6) if calibration is not None else 0.0
-
-    @cached_property
-    def step(self) -> Step | None:
-        """The refill, where the unpruned net pays one."""
-        calibration = self.table.calibration
-        if calibration is None or not self._refill_ms:
+        refill = calibration.refill(self._weights.base / 1e6) if calibration is not None else 0.0
+        if calibration is None or not refill:
             return None
-        return Step(self._refill_ms, self._weights.sums[0], calibration.cache_mb * 1e6)
+        return Step(refill, self._weights.sums[0], calibration.cache_mb * 1e6)
 
     @cached_property
     def guide(self) -> SeparableCost:

@@ -11,8 +11,7 @@ MAX_CV = 0.05
 
 
 def floor_of(values):
-    """The lower quartile: of each round's fastest run it is the undisturbed time, to half a per cent on a machine
-    whose other processes spread the medians by twelve."""
+    """The lower quartile: of each round's fastest run it is the undisturbed time, where medians still scatter."""
     return sorted(values)[(len(values) - 1) // 4]
 
 
