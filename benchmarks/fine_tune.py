@@ -1,12 +1,12 @@
 """B2: accuracy after recovery. Every contender gets the same fine-tuning; the last epoch counts.
 
     python benchmarks/fine_tune.py --data DIR --weights DIR [--only WORDS] [--seeds 0,1,2] [--epochs 10]
-                                   [--images 20000] [--compile] [--json OUT] [--quick]
+                                   [--images 20000] [--compile] [--share I --of N] [--json OUT] [--quick]
     python benchmarks/fine_tune.py --data DIR --weights DIR --long --device cuda --json OUT
 
 Short form (CPU): ResNet-20 to 50 and 30 % of its MACs, 10 epochs on 20,000 images, lr .02 with a cosine, 3 seeds. Long
 form (GPU): ResNet-56 to 1 / 2.11 and 1 / 2.6, 100 epochs on all images but the holdout, lr .01, milestones 60 and 80.
-A killed run goes on where OUT ends, row by row.
+A killed run goes on where OUT ends, row by row, and several processes may share the contenders and one OUT.
 
 `L2, uniform, reconstructed` gives the structure of uniform widths and largest filter norms the refit that `compress`
 gives its own: what of our lead is selection and what is repair. Judged on test images; `--judge holdout` reads training
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import statistics
 import warnings
 from collections.abc import Sequence
@@ -88,36 +89,72 @@ def _norms(model: nn.Module, group: ChannelGroup) -> torch.Tensor:
     return total
 
 
-def run(setting: Setting, contenders: Sequence[Contender], data: Data, model: nn.Module, seeds: Sequence[int],
-        book: Notebook, judged: Any) -> None:  # fmt: skip
-    """The rows that the notebook does not hold."""
-    case = case_of(model, data, CALIBRATION)
-    x, y = (t.to(setting.device) for t in data.training(CALIBRATION, setting.recipe.images))
-    for contender in contenders:
-        for fraction in setting.fractions:
-            row = {**setting.key, "contender": contender.name, "target": fraction}
-            left = [seed for seed in seeds if not book.has(**row, seed=seed)]
-            if not left:
-                continue
-            pruned = prune(contender, case, (fraction,)).get(fraction)
-            if pruned is None:
-                print(f"{contender.name}: {fraction:.0%} is out of reach")
-                continue
-            before = 100 * accuracy(pruned, judged)
-            share = count_macs(pruned, case.inputs) / count_macs(model, case.inputs)
-            for seed in left:
-                tuned = setting.recipe.train(copy.deepcopy(pruned).to(setting.device), x, y, seed)
-                top1 = 100 * accuracy(tuned.cpu(), judged)
-                book.add({**row, "seed": seed, "macs": share, "one_shot": before, "top1": top1})
-                print(f"{setting.net} {fraction:4.0%} {contender.name:32} seed {seed}  {before:6.2f} -> {top1:6.2f}",
-                      flush=True)  # fmt: skip
+@dataclass
+class Bench:
+    """One network, its contenders and what they share."""
+
+    setting: Setting
+    data: Data
+    model: nn.Module
+    book: Notebook
+    judged: Any
+
+    def __post_init__(self) -> None:
+        self.case = case_of(self.model, self.data, CALIBRATION)
+        self.base = count_macs(self.model, self.case.inputs)
+        self.training = tuple(t.to(self.setting.device)
+                              for t in self.data.training(CALIBRATION, self.setting.recipe.images))  # fmt: skip
+        self.pruned: dict[tuple[str, float], nn.Module | None] = {}
+
+    def run(self, contenders: Sequence[Contender], seeds: Sequence[int]) -> None:
+        """The rows that the notebook does not hold, one seed of everybody before the next."""
+        for seed in seeds:
+            for contender in contenders:
+                for fraction in self.setting.fractions:
+                    self.row(contender, fraction, seed)
+
+    def row(self, contender: Contender, fraction: float, seed: int) -> None:
+        key = {**self.setting.key, "contender": contender.name, "target": fraction, "seed": seed}
+        if self.book.has(**key):
+            return
+        pruned = self.cut(contender, fraction)
+        if pruned is None:
+            print(f"{contender.name}: {fraction:.0%} is out of reach")
+            return
+        row = {**key, "macs": count_macs(pruned, self.case.inputs) / self.base, "network": fingerprint(pruned)}
+        row |= self.twin_of(row) or self.trained(pruned, seed)
+        self.book.add(row)
+        print(f"{self.setting.net} {fraction:4.0%} {contender.name:32} seed {seed}  "
+              f"{row['one_shot']:6.2f} -> {row['top1']:6.2f}", flush=True)  # fmt: skip
+
+    def cut(self, contender: Contender, fraction: float) -> nn.Module | None:
+        key = contender.name, fraction
+        if key not in self.pruned:
+            self.pruned[key] = prune(contender, self.case, (fraction,)).get(fraction)
+        return self.pruned[key]
+
+    def trained(self, pruned: nn.Module, seed: int) -> Row:
+        before = 100 * accuracy(pruned, self.judged)
+        tuned = self.setting.recipe.train(copy.deepcopy(pruned).to(self.setting.device), *self.training, seed)
+        return {"one_shot": before, "top1": 100 * accuracy(tuned.cpu(), self.judged)}
+
+    def twin_of(self, row: Row) -> Row | None:
+        """What the very same network came to with the same seed under another contender's name."""
+        same = {**self.setting.key, "seed": row["seed"], "network": row["network"]}
+        return next(({k: other[k] for k in ("one_shot", "top1")} for other in self.book.rows
+                     if same.items() <= other.items()), None)  # fmt: skip
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of every weight and buffer: two contenders that keep the same channels need one training."""
+    return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in model.state_dict().values())).hexdigest()[:16]
 
 
 def medians(rows: Sequence[Row], setting: Setting, target: float) -> dict[str, float]:
     """Contender -> median over seeds."""
     found: dict[str, list[float]] = {}
     for row in rows:
-        if {**row, **setting.key, "target": target} == row:
+        if {**setting.key, "target": target}.items() <= row.items():
             found.setdefault(row["contender"], []).append(row["top1"])
     return {name: statistics.median(values) for name, values in found.items()}
 
@@ -151,6 +188,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--images", type=int)
     parser.add_argument("--compile", dest="compiled", action="store_true", default=None, help="train compiled")
+    parser.add_argument("--share", type=int, default=0, metavar="I", help="of the contenders, every N-th from the I-th")
+    parser.add_argument("--of", type=int, default=1, metavar="N", help="processes that share the work and OUT")
     parser.add_argument("--judge", choices=("test", "holdout"), default="test")
     args: argparse.Namespace = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -167,7 +206,7 @@ def main() -> None:
     judged = read(1_000) if args.quick else read()
     book = Notebook(None if args.json is None else Path(args.json), (*setting.key, "contender", "target", "seed"))
     contenders = list(chosen([*default_contenders(compress=False), ReconstructedL2(), Compress()], only))
-    run(setting, contenders, data, network(setting.net, args.weights), seeds, book, judged)
+    Bench(setting, data, network(setting.net, args.weights), book, judged).run(contenders[args.share :: args.of], seeds)
     print_table(book.rows, setting)
     targets = targets_of(book.rows, setting)
     book.write(targets)

@@ -7,9 +7,12 @@ the last 5,000 training images, which nobody calibrates or trains on.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,9 @@ from torch import Tensor, nn
 from diplugin.contenders import Case, Contender
 from diplugin.network import trace_network
 from diplugin.sources import flip_and_shift
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples are not installed
+
 from examples import cifar_resnet
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -127,6 +133,7 @@ class Recipe:
     def train(self, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> nn.Module:
         """Train in place on images that lie where the model does; returns it in eval mode."""
         torch.manual_seed(seed)
+        model = model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay)
         per_epoch = len(x) // self.batch
         model.train()
@@ -138,7 +145,8 @@ class Recipe:
                 ids = order[i * self.batch : (i + 1) * self.batch]
                 for group in optimizer.param_groups:
                     group["lr"] = self.rate(epoch * per_epoch + i, self.epochs * per_epoch)
-                loss = F.cross_entropy(forward(flip_and_shift(x[ids])), y[ids])
+                images = flip_and_shift(x[ids]).contiguous(memory_format=torch.channels_last)
+                loss = F.cross_entropy(forward(images), y[ids])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -157,22 +165,42 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 class Notebook:
-    """Rows of a benchmark, written after each one and taken up again where the file exists."""
+    """Rows of a benchmark, written after each one and taken up again where the file exists.
+
+    Several processes may write into one file: each adds its rows to those that it finds there.
+    """
 
     def __init__(self, path: Path | None, keys: Sequence[str]) -> None:
         self._path, self._keys = path, tuple(keys)
-        self.rows: list[Row] = json.loads(path.read_text())["rows"] if path is not None and path.exists() else []
+        self.rows: list[Row] = []
+        self._read()
 
     def has(self, **key: Any) -> bool:
         return any(all(row.get(k) == key[k] for k in self._keys) for row in self.rows)
 
     def add(self, row: Row) -> None:
-        self.rows.append(row)
-        self.write([])
+        with self._alone():
+            self._read()
+            self.rows.append(row)
+            self.write([])
 
     def write(self, targets: Sequence[Row]) -> None:
         if self._path is not None:
             self._path.write_text(json.dumps({"rows": self.rows, "targets": list(targets)}, indent=1), encoding="utf-8")
+
+    def _read(self) -> None:
+        if self._path is not None and self._path.exists():
+            self.rows = json.loads(self._path.read_text(encoding="utf-8"))["rows"]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process reads or writes the file meanwhile."""
+        if self._path is None:
+            yield
+            return
+        with open(f"{self._path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
 
 def chosen(names: Sequence[Any], only: str | None) -> Iterator[Any]:

@@ -95,9 +95,12 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
 
 
 def flip_and_shift(x: Tensor, pad: int = 4) -> Tensor:
-    """Random horizontal flips and shifts by up to `pad` pixels, one draw an image; [N, C, H, W]."""
+    """Random horizontal flips and shifts by up to `pad` pixels, one draw an image; [N, C, H, W].
+
+    Drawn on the CPU, so that a seed gives the same images on every device.
+    """
     images, _, height, width = x.shape
-    flips = torch.rand(images) < 0.5
+    flips = (torch.rand(images) < 0.5).to(x.device)
     x = torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x)
     padded = torch.nn.functional.pad(x, (pad,) * 4)
     top, left = torch.randint(0, 2 * pad + 1, (2, images))
