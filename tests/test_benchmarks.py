@@ -1,0 +1,86 @@
+"""What the benchmarks share, and that each of them starts as its page says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))  # they import one another as scripts do
+
+import fine_tune  # noqa: E402
+import protocol  # noqa: E402
+
+COMMANDS = [p.name for p in sorted((ROOT / "benchmarks").glob("*.py")) if '__name__ == "__main__"' in p.read_text()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_benchmark_starts_from_any_folder(name: str, tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), "--help"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage:")
+
+
+def test_processes_that_share_a_notebook_lose_no_row(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; sys.path[:0] = sys.argv[1:3]; from protocol import Notebook\n"
+        "book = Notebook(Path(sys.argv[3]), ('worker', 'turn'))\n"
+        "for turn in range(20): book.add({'worker': sys.argv[4], 'turn': turn})"
+    )
+    out = tmp_path / "rows.json"
+    places = [str(ROOT / "benchmarks"), str(ROOT), str(out)]
+    started = [subprocess.Popen([sys.executable, "-c", script, *places, str(worker)]) for worker in range(3)]
+    assert [process.wait(120) for process in started] == [0, 0, 0]
+    rows = protocol.Notebook(out, ("worker", "turn")).rows
+    assert {(row["worker"], row["turn"]) for row in rows} == {(str(w), t) for w in range(3) for t in range(20)}
+    assert len(rows) == 60
+
+
+def test_fingerprints_tell_networks_apart_by_every_weight_and_buffer() -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+    assert fine_tune.fingerprint(net()) == fine_tune.fingerprint(net())
+    for name in net().state_dict():
+        other = net()
+        other.state_dict()[name].add_(1)
+        assert fine_tune.fingerprint(other) != fine_tune.fingerprint(net()), name
+
+
+def test_training_does_the_same_steps_as_a_plain_loop() -> None:
+    x, y = torch.randn(40, 3, 8, 8), torch.randint(3, (40,))
+
+    def net() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+
+    trained = protocol.Recipe(epochs=2, lr=0.1, batch=20).train(net(), x, y, seed=3)
+    twin = net().train()
+    torch.manual_seed(3)
+    optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    for step in range(4):
+        if step % 2 == 0:
+            order = torch.randperm(40)
+        ids = order[20 * (step % 2) :][:20]
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 + torch.cos(torch.tensor(torch.pi * step / 4)).item())
+        loss = nn.functional.cross_entropy(twin(protocol.flip_and_shift(x[ids])), y[ids])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for ours, theirs in zip(trained.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
