@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from protocol import network, normalised, read_npz
 from torch import Tensor, nn
 
 from diplugin import Budget
@@ -44,9 +44,7 @@ from diplugin.quantize import (
     export_quantized,
 )
 from diplugin.recovery import Distillation, train
-from examples import cifar_resnet
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STRATEGIES = (DIBits(), OutputErrorBits(), UniformBits(), MagnitudeBits(), RandomBits())
 FRACTIONS = "0.5"
 CHECKED = 500
@@ -54,21 +52,13 @@ Rows = list[dict[str, Any]]
 
 
 def images(folder: Path, split: str, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Normalised images [N, 3, 32, 32] and labels [N] of one part of a split."""
-    with np.load(folder / f"{split}.npz") as data:
-        x, y = data["x"][first:last], data["y"][first:last]
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 - mean) / std, torch.from_numpy(y)
+    """Normalised images [N, 3, 32, 32] and labels [N] of one part of a split, in the file's order."""
+    x, y = read_npz(folder / f"{split}.npz")
+    return normalised(x[first:last]), y[first:last]
 
 
 def batches(x: Tensor, y: Tensor, size: int = 250) -> list[tuple[Tensor, Tensor]]:
     return list(zip(x.split(size), y.split(size), strict=True))
-
-
-def network(name: str, weights: Path) -> nn.Module:
-    model = getattr(cifar_resnet, name)()
-    model.load_state_dict(load_file(weights / f"cifar10_{name}.safetensors"))
-    return model.eval()
 
 
 def pruned(model: nn.Module, folder: Path, epochs: int) -> nn.Module:

@@ -1,7 +1,8 @@
 """B2: accuracy after recovery. Every contender gets the same fine-tuning; the last epoch counts.
 
     python benchmarks/fine_tune.py --data DIR --weights DIR [--only WORDS] [--seeds 0,1,2] [--epochs 10]
-                                   [--images 20000] [--compile] [--workers N] [--json OUT] [--quick]
+                                   [--images 20000] [--lr .02] [--judge test] [--compile] [--workers N]
+                                   [--json OUT] [--quick]
     python benchmarks/fine_tune.py --data DIR --weights DIR --long --device cuda --json OUT
 
 Short form (CPU): ResNet-20 to 50 and 30 % of its MACs, 10 epochs on 20,000 images, lr .02 with a cosine, 3 seeds. Long
@@ -9,8 +10,9 @@ form (GPU): ResNet-56 to 1 / 2.11 and 1 / 2.6, 100 epochs on all images but the 
 A killed run goes on where OUT ends, row by row; `--workers` deals the contenders out to so many processes.
 
 `L2, uniform, reconstructed` gives the structure of uniform widths and largest filter norms the refit that `compress`
-gives its own: what of our lead is selection and what is repair. Judged on test images; `--judge holdout` reads training
-images instead, for choosing settings.
+gives its own: what of our lead is selection and what is repair. Judged on test images. For choosing settings
+`--judge unfamiliar` reads training images held out of the fine-tuning and disguised, `--judge holdout` the same as they
+are, which the networks knew by heart before they were pruned: it favours whoever remembers more.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class Setting:
     @property
     def key(self) -> Row:
         """What a row must share with this run to be one of its rows."""
-        return {"net": self.net, "epochs": self.recipe.epochs, "images": self.recipe.images, "judge": self.judge}
+        recipe = self.recipe
+        return {"net": self.net, "epochs": recipe.epochs, "images": recipe.images, "lr": recipe.lr, "judge": self.judge}
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.case = case_of(self.model, self.data, CALIBRATION)
         self.base = count_macs(self.model, self.case.inputs)
+        print(f"unpruned: {100 * accuracy(self.model, self.judged):.2f} %", flush=True)
         self.training = tuple(t.to(self.setting.device)
                               for t in self.data.training(CALIBRATION, self.setting.recipe.images))  # fmt: skip
         self.pruned: dict[tuple[str, float], nn.Module | None] = {}
@@ -206,13 +210,14 @@ def main() -> None:
         "--workers", type=int, default=1, metavar="N", help="processes that share the contenders and OUT"
     )
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--judge", choices=("test", "holdout"), default="test")
+    parser.add_argument("--judge", choices=("test", "holdout", "unfamiliar"), default="test")
+    parser.add_argument("--lr", type=float)
     args: argparse.Namespace = parser.parse_args()
     if args.workers > 1 and args.json is None:
         parser.error("--workers wants --json OUT, where their rows meet")
     warnings.simplefilter("ignore")
     setting = Setting(**(LONG if args.long else SHORT), device=args.device, judge=args.judge)
-    changes = {k: v for k in ("epochs", "images", "compiled") if (v := getattr(args, k)) is not None}
+    changes = {k: v for k in ("epochs", "images", "lr", "compiled") if (v := getattr(args, k)) is not None}
     setting = replace(setting, recipe=replace(setting.recipe, **changes))
     seeds = [int(s) for s in args.seeds.split(",")]
     only = args.only
@@ -220,7 +225,7 @@ def main() -> None:
         setting = replace(setting, fractions=(0.5,), recipe=replace(setting.recipe, epochs=1, images=3_000))
         seeds, only = seeds[:1], only or "L2;compress"
     data = Data.read(args.data)
-    read = data.holdout if args.judge == "holdout" else data.judge
+    read = {"test": data.judge, "holdout": data.holdout, "unfamiliar": data.unfamiliar}[args.judge]
     judged = read(1_000) if args.quick else read()
     book = Notebook(None if args.json is None else Path(args.json), (*setting.key, "contender", "target", "seed"))
     contenders = list(chosen([*default_contenders(compress=False), ReconstructedL2(), Compress()], only))

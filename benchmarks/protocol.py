@@ -1,7 +1,8 @@
 """What the accuracy benchmarks share: the networks, CIFAR-10 and its split, one recipe of recovery, rows and targets.
 
 The test split is read by `Data.judge` alone, at the end of a row. What is chosen is chosen on `Data.holdout`,
-the last 5,000 training images, which nobody calibrates or trains on.
+the last 5,000 training images, which nobody calibrates or trains on. The networks' makers did, though, and the networks
+know them by heart: `Data.unfamiliar` shows the same images turned, scaled and dimmed, to tell learning from memory.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import math
 import os
 import sys
 import time
@@ -57,9 +59,9 @@ class Data:
     @classmethod
     def read(cls, folder: Path, seed: int = 0) -> Data:
         """`train.npz` and `test.npz` with x [N, 32, 32, 3] and y [N]."""
-        x, y = _npz(folder / "train.npz")
+        x, y = read_npz(folder / "train.npz")
         order = torch.randperm(len(x) - HOLDOUT, generator=torch.Generator().manual_seed(seed))
-        return cls((x[order], y[order]), (x[-HOLDOUT:], y[-HOLDOUT:]), _npz(folder / "test.npz"))
+        return cls((x[order], y[order]), (x[-HOLDOUT:], y[-HOLDOUT:]), read_npz(folder / "test.npz"))
 
     def calibration(self, images: int) -> Batches:
         """Training images for scores, recalibration and repairs."""
@@ -68,6 +70,11 @@ class Data:
     def holdout(self, images: int = HOLDOUT) -> Batches:
         """Training images that choices are made by."""
         return _batches(*self.held, 0, images)
+
+    def unfamiliar(self, images: int = HOLDOUT) -> Batches:
+        """The holdout as nobody has seen it: turned by up to 20°, scaled by up to a fifth, lighter or darker."""
+        draw = torch.Generator().manual_seed(0)
+        return [(disguised(x, draw), y) for x, y in self.holdout(images)]
 
     def judge(self, images: int | None = None) -> Batches:
         """Test images."""
@@ -79,7 +86,8 @@ class Data:
         return normalised(x), y
 
 
-def _npz(path: Path) -> tuple[Tensor, Tensor]:
+def read_npz(path: Path) -> tuple[Tensor, Tensor]:
+    """Images uint8 [N, 3, H, W] and labels [N] of a file with x [N, H, W, 3] and y."""
     with np.load(path) as data:
         return torch.from_numpy(data["x"]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(data["y"])
 
@@ -88,6 +96,20 @@ def normalised(x: Tensor) -> Tensor:
     """ImageNet's mean and deviation, which these weights were trained with."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (x.float() / 255 - mean) / std
+
+
+def disguised(x: Tensor, draw: torch.Generator, turn: float = math.pi / 9, scale: float = 0.2, light: float = 0.3,
+              ) -> Tensor:  # fmt: skip
+    """Images [N, C, H, W], each turned, scaled, flipped and lit as drawn; mirrored at the edges."""
+    angle, size, gain, shift = (2 * torch.rand(4, len(x), generator=draw) - 1) * torch.tensor(
+        [[turn], [scale], [light], [light]]
+    )
+    flip = 1 - 2 * (torch.rand(len(x), generator=draw) < 0.5).float()
+    cos, sin, zero = angle.cos() * (1 + size), angle.sin() * (1 + size), torch.zeros(len(x))
+    maps = torch.stack([flip * cos, -sin, zero, flip * sin, cos, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(maps, list(x.shape), align_corners=False)
+    seen = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return seen * (1 + gain).view(-1, 1, 1, 1) + shift.view(-1, 1, 1, 1)
 
 
 def _batches(x: Tensor, y: Tensor, first: int, count: int) -> Batches:
