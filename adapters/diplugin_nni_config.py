@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from diplugin.costs import Budget, CostModel, PeakActivationMemory, macs, params
 from diplugin.costs.latency import LatencyCost
-from diplugin.errors import DipluginError, UserError
+from diplugin.errors import DipluginError, UserError, first_line
 from diplugin.features import device_of, to_device
-from diplugin.groups import ChannelGroup, first_line
+from diplugin.groups import ChannelGroup
 from diplugin.network import NetworkTrace, trace_network
 from diplugin.plan import PruningPlan
 from diplugin.samples import first_image

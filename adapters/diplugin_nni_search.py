@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diplugin.errors import DataError, MissingExtraError, UserError
-from diplugin.groups import first_line
+from diplugin.errors import DataError, MissingExtraError, UserError, first_line
 from diplugin.network import NetworkTrace
 from diplugin.strategies.pareto import Outcome
 from diplugin.strategies.staged import StagedCut, stages_of

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from diplugin.errors import PlanError
+from diplugin.dependency import dependency_graph
+from diplugin.errors import PlanError, first_line
 from diplugin.features import device_of
-from diplugin.groups import ChannelGroup, Side, dependency_graph, first_line, trace_groups
+from diplugin.groups import ChannelGroup, Side, trace_groups
 from diplugin.network import TensorSpec
 from diplugin.plan import PruningPlan
 from diplugin.surgery import WEIGHTS_FILE, load_weights, read_weights, save_weights

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from diplugin.dependency import dependency_graph
 from diplugin.errors import DataError
 from diplugin.features import Observation, device_of, to_device
 from diplugin.fitted_scores import WEIGHTED, weighted_layers, width_of
-from diplugin.groups import dependency_graph, group_from_torch_pruning
+from diplugin.groups import group_from_torch_pruning
 from diplugin.taps import Tap, TapPoint, points_of
 
 __all__ = ["device_of_group", "fault_of", "key_of", "modules_of", "peek", "wanted_points", "whole_group"]

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import DataError, DipluginError, ModelError
+from .errors import DataError, DipluginError, ModelError, first_line
 from .features import Forward, GetLabels
-from .groups import first_line
 
 
 def guarded_forward(forward: Forward) -> Forward:

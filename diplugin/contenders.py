@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from .accuracy import accuracy
 from .costs import Budget, macs
+from .dependency import dependency_graph
 from .errors import InfeasibleBudget
 from .features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
-from .groups import dependency_graph
 from .network import NetworkTrace
 from .recovery import recalibrate_batchnorm
 from .strategies import OneShot

@@ -92,3 +92,8 @@ class RoundedLatencyWarning(UserWarning):
 
 class FrozenLayersWarning(UserWarning):
     """Layers whose weights take no gradient: a host that follows gradients will silently leave them alone."""
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message cut to one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

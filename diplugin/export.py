@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .accuracy import Tally
-from .errors import ModelError, UserError
+from .dependency import traceable
+from .errors import ModelError, UserError, first_line
 from .features import GetLabels, device_of, labels_of
-from .groups import first_line, traceable
 from .plan import PruningPlan
 from .surgery import PLAN_FILE, load_pruned
 

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .discriminant import ChunkScores
-from .errors import PlanError
+from .errors import PlanError, first_line
 from .features import Observation, score_points
-from .groups import ChannelGroup, GroupMember, Side, first_line
+from .groups import ChannelGroup, GroupMember, Side
 from .reader_energy import measuring
 from .taps import TapPoint
 

@@ -1,8 +1,8 @@
 """Channel groups: channels that must be removed together, as torch-pruning's dependency graph sees them.
 
-This is the only file of the core that speaks torch-pruning's language. A `ChannelGroup` is plain data (names and
-indices, no modules), so everything above works on numbers: costs are predicted, plans are searched and written, and
-the model itself is touched once, at the end, by `remove_channels`.
+This file and `dependency.py` are the only ones of the core that speak torch-pruning's language. A `ChannelGroup` is
+plain data (names and indices, no modules), so everything above works on numbers: costs are predicted, plans are
+searched and written, and the model itself is touched once, at the end, by `remove_channels`.
 
 A group's *root channels* are numbered 0 … channels-1. Each *member* is one side ("in" or "out") of one layer with the
 map from its own channels to root channels: sixteen inputs of a linear layer behind a flatten belong to one root,
@@ -13,21 +13,17 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any, Literal
 
-import torch
 import torch_pruning as tp
 from torch import nn
-from torch.utils import _pytree as pytree
-from torch_pruning.dependency import graph as graph_module
 from torch_pruning.ops import OPTYPE
 
-from .errors import ModelError, PlanError
-from .modes import evaluating
+from .dependency import bounded, dependency_graph
+from .errors import PlanError
 
 Side = Literal["in", "out"]
 
@@ -102,83 +98,6 @@ class ChannelGroup:
         return len(member.channels) // self.channels
 
 
-@contextmanager
-def traceable(model: nn.Module) -> Iterator[None]:
-    """Eval mode and gradients on for every floating parameter, both as before afterwards.
-
-    torch-pruning follows `grad_fn`: a frozen backbone would silently give no groups.
-    """
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
-
-
-def dependency_graph(
-    model: nn.Module, example_inputs: tuple[Any, ...], forward: Callable[..., Any] | None = None
-) -> tp.DependencyGraph:
-    """torch-pruning's graph of the model; modes and `requires_grad` are left as they were.
-
-    Args:
-        forward: runs the model on the inputs; None for `model(*example_inputs)`.
-
-    Raises:
-        ModelError: the model does not run on the example inputs, or cannot be followed.
-    """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(example_inputs, tuple):
-        raise ModelError(f"expected example_inputs as a tuple such as (x,), got {type(example_inputs).__name__}")
-    with traceable(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            # Once without torch-pruning, which would hide why a call fails and leave its hooks behind.
-            output = model(*example_inputs) if forward is None else forward(model, example_inputs)
-        except Exception as error:
-            shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in example_inputs]
-            raise ModelError(
-                f"expected a model that runs on example inputs of shapes {shapes}, got {type(error).__name__}: "
-                f"{first_line(error)}; check --example-shape and the model's first layers"
-            ) from error
-        _check_output(model, output)
-        try:
-            # torch-pruning's annotation leaves out its own default, None.
-            how: dict[str, Any] = {"forward_fn": forward, "verbose": False}
-            return tp.DependencyGraph().build_dependency(model, example_inputs, **how)
-        except Exception as error:
-            raise ModelError(
-                f"expected a model that torch-pruning can follow, got {type(error).__name__}: {first_line(error)}; "
-                "it cannot where channels are split and joined again, or where a one-slope PReLU is concatenated"
-            ) from error
-
-
-def _check_output(model: nn.Module, output: Any) -> None:
-    """Raise ModelError unless there is a graph to follow from the output back to the weights."""
-    tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-    if not tensors and not isinstance(output, Mapping):
-        raise ModelError(
-            f"expected a model that returns tensors, alone or in a tuple, list or dict, got {type(output).__name__}; "
-            "wrap it in a module that does"
-        )
-    if any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors):
-        raise ModelError("expected numbers from the model, it returns NaN on the example inputs; check its weights")
-    weights = any(p.requires_grad for p in model.parameters())
-    if tensors and weights and not any(t.requires_grad for t in tensors):
-        raise ModelError(
-            "expected an output that depends on the model's weights, got one without gradients; return it undetached"
-        )
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's message cut to one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
-
-
 def trace_groups(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[ChannelGroup]:
     """All channel groups of a model, in torch-pruning's order; the ones to be left alone carry a `note`.
 
@@ -194,34 +113,10 @@ def trace_groups(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[Chan
     [('2', 4, False), ('0', 8, True)]
     """
     graph = dependency_graph(model, example_inputs)
-    with warnings.catch_warnings(), _bounded(500 + 4 * len(graph.module2node)):
+    with warnings.catch_warnings(), bounded(500 + 4 * len(graph.module2node)):
         warnings.simplefilter("ignore")
         groups = [group_from_torch_pruning(graph, group) for group in graph.get_all_groups()]
     return _note_shared(_note_partial(groups, graph))
-
-
-@contextmanager
-def _bounded(members: int) -> Iterator[None]:
-    """Stop torch-pruning where it would go on for ever: a slice that is concatenated again shifts at every turn.
-
-    Real networks stay far below the bound: no group of DenseNet-121's 433 modules has more than 102 members.
-    """
-    original = graph_module.Group
-
-    class Bounded(original):
-        def add_dep(self, dep: Any, idxs: Any) -> None:
-            if len(self) > members:
-                raise ModelError(
-                    f"expected a model that torch-pruning can follow, it goes in circles at {dep.target.name}; "
-                    "it cannot where channels are split or sliced and joined again"
-                )
-            super().add_dep(dep, idxs)
-
-    graph_module.Group = Bounded
-    try:
-        yield
-    finally:
-        graph_module.Group = original
 
 
 def group_from_torch_pruning(graph: tp.DependencyGraph, group: Any) -> ChannelGroup:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import ModelError
-from .groups import ChannelGroup, Side, first_line, remove_channels, trace_groups, traceable
+from .dependency import traceable
+from .errors import ModelError, first_line
+from .groups import ChannelGroup, Side, remove_channels, trace_groups
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

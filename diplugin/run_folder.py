@@ -26,8 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .errors import PlanError
-from .groups import first_line
+from .errors import PlanError, first_line
 from .team import Team
 
 CONFIG, SCORES, METRICS, REPORT, LOG = "config.json", "scores.json", "metrics.json", "report.html", "log.txt"

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import DataError, DipluginError
+from .errors import DataError, DipluginError, first_line
 from .features import Observation, device_of, forward_inputs, to_device
-from .groups import first_line
 from .modes import evaluating
 
 

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .errors import DataError, MissingExtraError, ModelError
-from .groups import first_line
+from .errors import DataError, MissingExtraError, ModelError, first_line
 from .surgery import load_weights, read_weights
 
 Augment = Callable[[Tensor], Tensor]

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .errors import PlanError
-from .groups import ChannelGroup, first_line, remove_channels, trace_groups
+from .errors import PlanError, first_line
+from .groups import ChannelGroup, remove_channels, trace_groups
 from .plan import PruningPlan
 
 PLAN_FILE = "plan.json"

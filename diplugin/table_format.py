@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from . import table_checks as checks
 from .errors import TableError
-from .tables import SCHEMA, Alignment, Calibration, Entry, LatencyTable, NetTiming, OpKey, Setting
+from .tables import SCHEMA, Alignment, Entry, LatencyTable, NetTiming, OpKey, Setting
 
 FORMAT = "diplugin-latency-table"
 KEY_COLUMNS = tuple(f.name for f in fields(OpKey))
@@ -27,9 +27,7 @@ ENTRY_COLUMNS = (*KEY_COLUMNS, "latency_ms", "cpu_ms", "wall_ms", "cv", "unstabl
 # Added to schema 1 later, and written only where there is something to say: older tables keep their hashes.
 WEIGHTS = "weights_mb"
 NET_COLUMNS = tuple(name for name in NetTiming._fields if name != WEIGHTS)
-OPS = ("conv", "conv_transpose", "linear")
-MAX_BYTES, MAX_MS, MAX_MB, MAX_COUNT = 64 << 20, 3.6e6, 1e6, 1 << 24
-_WORD = re.compile(r"[A-Za-z0-9_.+-]{0,40}")
+MAX_BYTES = 64 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -142,7 +140,7 @@ def document_from_table(table: LatencyTable) -> dict[str, Any]:
         "emulated": table.emulated, "setting": asdict(table.setting), "alignment": asdict(table.alignment),
         "overhead_ms": _round(table.overhead_ms),
         "calibration": None if table.calibration is None
-        else {k: _round(v) for k, v in asdict(table.calibration).items() if k not in _REFILL_CHECKS or v},
+        else {k: _round(v) for k, v in asdict(table.calibration).items() if k not in checks.REFILL or v},
         "error_band": None if table.error_band is None else [_round(v) for v in table.error_band],
         "plan_sha256": table.plan_sha256, "provenance": dict(table.provenance),
         "columns": list(ENTRY_COLUMNS), "net_columns": net_columns,
@@ -153,105 +151,6 @@ def document_from_table(table: LatencyTable) -> dict[str, Any]:
 
 def _round(value: Any) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
-
-
-# Checks: each takes a value and says what is wrong with it through ValueError.
-
-
-def _number(low: float, high: float) -> Callable[[Any, str], float]:
-    def check(value: Any, name: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{name} is no finite number")
-        if not low <= value <= high:
-            raise ValueError(f"{name} = {value:.6g} lies outside {low:g} to {high:g}")
-        return float(value)
-
-    return check
-
-
-def _integer(low: int, high: int) -> Callable[[Any, str], int]:
-    def check(value: Any, name: str) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"{name} is no integer from {low} to {high}")
-        return value
-
-    return check
-
-
-def _text(limit: int) -> Callable[[Any, str], str]:
-    def check(value: Any, name: str) -> str:
-        if not isinstance(value, str) or len(value) > limit or not value.isprintable():
-            raise ValueError(f"{name} is no printable text of at most {limit} characters")
-        return value
-
-    return check
-
-
-def _boolean(value: Any, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is neither true nor false")
-    return value
-
-
-def _word(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not _WORD.fullmatch(value):
-        raise ValueError(f"{name} is no short name")
-    return value
-
-
-def _op(value: Any, name: str) -> str:
-    if value not in OPS:
-        raise ValueError(f"{name} is none of {', '.join(OPS)}")
-    return value
-
-
-def _integers(low: int) -> Callable[[Any, str], tuple[int, ...]]:
-    def check(value: Any, name: str) -> tuple[int, ...]:
-        if not isinstance(value, list) or len(value) > 3:
-            raise ValueError(f"{name} is no list of up to 3 integers")
-        return tuple(_integer(low, MAX_COUNT)(item, name) for item in value)
-
-    return check
-
-
-_count, _ms, _positive_ms = _integer(1, MAX_COUNT), _number(0, MAX_MS), _number(1e-9, MAX_MS)
-_COLUMN_CHECKS: dict[str, Callable[[Any, str], Any]] = {
-    "op": _op, "cin": _count, "cout": _count, "kernel": _integers(1), "stride": _integers(1), "padding": _integers(0),
-    "dilation": _integers(1), "groups": _count, "size": _integers(1), "activation": _word, "batch": _count,
-    "dtype": _word, "layout": _word, "latency_ms": _positive_ms, "cpu_ms": _ms, "wall_ms": _ms,
-    "cv": _number(0, 1e3), "unstable": _boolean, "name": _text(120), "measured_ms": _positive_ms, "sum_ms": _ms,
-    WEIGHTS: _number(0, MAX_MB),
-}  # fmt: skip
-_SETTING_CHECKS: dict[str, Callable[[Any, str], Any]] = {
-    "runtime": _word,
-    "version": _word,
-    "provider": _word,
-    "graph_optimization": _word,
-    "threads": _integer(1, 4096),
-}
-_CALIBRATION_CHECKS: dict[str, Callable[[Any, str], Any]] = {
-    "scale": _number(1e-3, 1e3), "offset_ms": _number(-MAX_MS, MAX_MS), "nets": _integer(2, 100_000),
-    "mape": _number(0, 1e3), "worst": _number(0, 1e3), "rho": _number(-1, 1),
-}  # fmt: skip
-_REFILL_CHECKS = {"refill_ms": _positive_ms, "cache_mb": _number(1e-3, MAX_MB)}
-_ALIGNMENT_CHECKS = {"step": _integer(1, 4096), "plateau": _integer(1, 4096)}
-
-
-def _object(value: Any, checks: Mapping[str, Callable[[Any, str], Any]], name: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or set(value) != set(checks):
-        raise ValueError(f"{name} does not hold exactly {', '.join(checks)}")
-    return {key: check(value[key], f"{name}.{key}") for key, check in checks.items()}
-
-
-def _rows(value: Any, columns: Sequence[str], name: str) -> list[list[Any]]:
-    if not isinstance(value, list):
-        raise ValueError(f"{name} is no list")
-    result = []
-    for number, row in enumerate(value):
-        if not isinstance(row, list) or len(row) != len(columns):
-            raise ValueError(f"{name}[{number}] does not hold {len(columns)} values")
-        result.append([_COLUMN_CHECKS[c](v, f"{name}[{number}].{c}") for c, v in zip(columns, row, strict=True)])
-    return result
 
 
 def table_from_document(document: Any) -> LatencyTable:
@@ -289,15 +188,15 @@ def _text_or_repr(value: Any) -> str:
 
 def _table(document: dict[str, Any]) -> LatencyTable:
     width = len(KEY_COLUMNS)
-    rows = _rows(document["rows"], ENTRY_COLUMNS, "rows")
+    rows = checks.exact_rows(document["rows"], ENTRY_COLUMNS, "rows")
     entries = tuple(Entry(OpKey.from_row(row[:width]), *row[width:]) for row in rows)
     if not entries:
         raise ValueError("it has no rows")
     for number, entry in enumerate(entries):
-        _check_key(entry.key, f"rows[{number}]")
+        checks.check_key(entry.key, f"rows[{number}]")
     if len({entry.key for entry in entries}) != len(entries):
         raise ValueError("two rows have the same key")
-    nets = tuple(NetTiming(*row) for row in _rows(document["nets"], document["net_columns"], "nets"))
+    nets = tuple(NetTiming(*row) for row in checks.exact_rows(document["nets"], document["net_columns"], "nets"))
     origin = document["origin"]
     if origin not in ("measured", "estimated"):
         raise ValueError("origin is neither 'measured' nor 'estimated'")
@@ -310,42 +209,15 @@ def _table(document: dict[str, Any]) -> LatencyTable:
     if not isinstance(sha, str) or (sha and not _SHA256.fullmatch(sha)):
         raise ValueError("plan_sha256 is no SHA-256")
     return LatencyTable(
-        name=_text(80)(document["name"], "name"),
-        device=_text(160)(document["device"], "device"),
-        setting=Setting(**_object(document["setting"], _SETTING_CHECKS, "setting")),
+        name=checks.text(80)(document["name"], "name"),
+        device=checks.text(160)(document["device"], "device"),
+        setting=Setting(**checks.exact_object(document["setting"], checks.SETTING, "setting")),
         entries=entries, nets=nets,
-        alignment=Alignment(**_object(document["alignment"], _ALIGNMENT_CHECKS, "alignment")),
-        overhead_ms=_ms(document["overhead_ms"], "overhead_ms"),
-        calibration=None if calibration is None else _calibration(calibration),
-        origin=origin, emulated=_boolean(document["emulated"], "emulated"),
-        error_band=None if band is None else (_number(0, 10)(band[0], "error_band"),
-                                              _number(0, 10)(band[1], "error_band")),
-        provenance=_provenance(document["provenance"]), plan_sha256=sha,
+        alignment=Alignment(**checks.exact_object(document["alignment"], checks.ALIGNMENT, "alignment")),
+        overhead_ms=checks.ms(document["overhead_ms"], "overhead_ms"),
+        calibration=None if calibration is None else checks.calibration(calibration),
+        origin=origin, emulated=checks.boolean(document["emulated"], "emulated"),
+        error_band=None if band is None else (checks.number(0, 10)(band[0], "error_band"),
+                                              checks.number(0, 10)(band[1], "error_band")),
+        provenance=checks.provenance(document["provenance"]), plan_sha256=sha,
     )  # fmt: skip
-
-
-def _calibration(value: Any) -> Calibration:
-    """Refill and cache stand there both or not at all."""
-    refilled = isinstance(value, dict) and not _REFILL_CHECKS.keys().isdisjoint(value)
-    checks = {**_CALIBRATION_CHECKS, **(_REFILL_CHECKS if refilled else {})}
-    return Calibration(**_object(value, checks, "calibration"))
-
-
-def _check_key(key: OpKey, name: str) -> None:
-    dimensions = {len(key.kernel), len(key.stride), len(key.padding), len(key.dilation)}
-    if dimensions != ({0} if key.op == "linear" else {len(key.size)}):
-        raise ValueError(f"{name}: kernel, stride, padding and dilation do not fit the size")
-    if key.cin % key.groups or key.cout % key.groups:
-        raise ValueError(f"{name}: {key.groups} groups do not divide {key.cin} and {key.cout} channels")
-    if min(key.output_size, default=0) < 1:
-        raise ValueError(f"{name}: the output is empty")
-
-
-def _provenance(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or len(value) > 100:
-        raise ValueError("provenance is no object of at most 100 names")
-    for name, item in value.items():
-        _text(80)(name, "a name in provenance")
-        if not (item is None or isinstance(item, bool | int | float)):
-            _text(500)(item, f"provenance.{name}")
-    return value

@@ -26,8 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
-from .errors import DataError, DeviceError, ProcessError
-from .groups import first_line
+from .errors import DataError, DeviceError, ProcessError, first_line
 
 _MESSAGE_BYTES = 512
 #: How long the first process waits for the others to read why it stopped.

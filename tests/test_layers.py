@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Every module directly under diplugin/ has its level here; imports go to the same level (without cycles) or below.
 LEVELS = [
     {"errors"},
-    {"discriminant", "plan", "modes", "samples", "tables", "team", "groups", "network", "taps", "features", "costs"},
+    {"discriminant", "plan", "modes", "samples", "tables", "team", "dependency", "groups", "network", "taps",
+     "features", "costs"},
     {"accuracy", "boundary", "export", "fitted_scores", "holdout", "labels", "latency", "layer_scores", "mask_rules",
      "masks", "measurements", "quantize", "ranking", "reader_energy", "recovery", "reference", "run_folder", "scoring",
      "search", "surgery", "survivors"},
@@ -54,9 +55,9 @@ def imports(name: str, path: Path, *, top_only: bool = False) -> Iterator[str]:
 
 
 def part(module: str) -> str:
-    """`diplugin.costs.base` -> `costs`; the package itself -> `__init__`; a table and its file are one part."""
+    """`diplugin.costs.base` -> `costs`; the package itself -> `__init__`; tables, their file and its checks are one."""
     name = [*module.split("."), "__init__"][1]
-    return "tables" if name == "table_format" else name
+    return "tables" if name in ("table_format", "table_checks") else name
 
 
 def edges() -> dict[str, set[str]]:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import DataError, DeviceError, UserError
-from ..groups import first_line
+from ..errors import DataError, DeviceError, UserError, first_line
 
 CHUNK_SIZE = 250
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..discriminant import ChunkScores, ScoreAverage, Sketch, label_targets, warn_if_saturated
-from ..errors import DataError, DipluginError, ModelError
-from ..groups import first_line
+from ..errors import DataError, DipluginError, ModelError, first_line
 from ..taps import TapPoint
 from ..team import Team, current_team
 from .batches import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, forward_inputs, labels_of, to_device
