@@ -2,7 +2,7 @@
 
     python benchmarks/fine_tune.py --data DIR --weights DIR [--only WORDS] [--seeds 0,1,2] [--epochs 10]
                                    [--images 20000] [--lr .02] [--judge test] [--compile] [--workers N]
-                                   [--json OUT] [--quick]
+                                   [--fractions .5,.3] [--json OUT] [--quick]
     python benchmarks/fine_tune.py --data DIR --weights DIR --long --device cuda --json OUT
 
 Short form (CPU): ResNet-20 to 50 and 30 % of its MACs, 10 epochs on 20,000 images, lr .02 with a cosine, 3 seeds. Long
@@ -26,7 +26,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -198,49 +197,56 @@ def print_table(rows: Sequence[Row], setting: Setting) -> None:
         print(f"{name:32}" + "".join(f"{t[name]:9.2f}" if name in t else "        –" for t in tables))
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
+    """The command line; `--quick` is one epoch at one cut for two contenders."""
     parser = arguments(__doc__)
     parser.add_argument("--long", action="store_true", help="ResNet-56 and 100 epochs; wants a GPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--fractions", help="of the MACs, such as .5,.3")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--images", type=int)
-    parser.add_argument("--compile", dest="compiled", action="store_true", default=None, help="train compiled")
-    parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that share the contenders and OUT"
-    )
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--judge", choices=("test", "holdout", "unfamiliar"), default="test")
     parser.add_argument("--lr", type=float)
-    args: argparse.Namespace = parser.parse_args()
+    parser.add_argument("--compile", dest="compiled", action="store_true", default=None, help="train compiled")
+    parser.add_argument("--judge", choices=("test", "holdout", "unfamiliar"), default="test")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the work and OUT")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
     if args.workers > 1 and args.json is None:
         parser.error("--workers wants --json OUT, where their rows meet")
-    warnings.simplefilter("ignore")
+    if args.quick:
+        args.seeds, args.fractions, args.epochs, args.images = "0", "0.5", 1, 3_000
+        args.only = args.only or "L2;compress"
+    return args
+
+
+def setting_of(args: argparse.Namespace) -> Setting:
     setting = Setting(**(LONG if args.long else SHORT), device=args.device, judge=args.judge)
     changes = {k: v for k in ("epochs", "images", "lr", "compiled") if (v := getattr(args, k)) is not None}
-    setting = replace(setting, recipe=replace(setting.recipe, **changes))
-    seeds = [int(s) for s in args.seeds.split(",")]
-    only = args.only
-    if args.quick:
-        setting = replace(setting, fractions=(0.5,), recipe=replace(setting.recipe, epochs=1, images=3_000))
-        seeds, only = seeds[:1], only or "L2;compress"
+    fractions = tuple(float(f) for f in args.fractions.split(",")) if args.fractions else setting.fractions
+    return replace(setting, fractions=fractions, recipe=replace(setting.recipe, **changes))
+
+
+def main() -> None:
+    args = parsed()
+    warnings.simplefilter("ignore")
+    setting = setting_of(args)
     data = Data.read(args.data)
     read = {"test": data.judge, "holdout": data.holdout, "unfamiliar": data.unfamiliar}[args.judge]
     judged = read(1_000) if args.quick else read()
-    book = Notebook(None if args.json is None else Path(args.json), (*setting.key, "contender", "target", "seed"))
-    contenders = list(chosen([*default_contenders(compress=False), ReconstructedL2(), Compress()], only))
+    book = Notebook(args.json, (*setting.key, "contender", "target", "seed"))
+    contenders = list(chosen([*default_contenders(compress=False), ReconstructedL2(), Compress()], args.only))
     if args.workers > 1 and args.worker is None:
         share_out(args.workers)
         book = Notebook(args.json, book.keys)
     else:
-        mine = contenders[args.worker or 0 :: args.workers]
-        Bench(setting, data, network(setting.net, args.weights), book, judged).run(mine, seeds)
-    if args.worker is not None:
-        return
-    print_table(book.rows, setting)
-    targets = targets_of(book.rows, setting)
-    book.write(targets)
-    print_targets(targets)
+        bench = Bench(setting, data, network(setting.net, args.weights), book, judged)
+        bench.run(contenders[args.worker or 0 :: args.workers], [int(seed) for seed in args.seeds.split(",")])
+    if args.worker is None:
+        print_table(book.rows, setting)
+        targets = targets_of(book.rows, setting)
+        book.write(targets)
+        print_targets(targets)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,3 +109,25 @@ def test_a_disguise_turns_an_image_about_its_middle() -> None:
     torch.testing.assert_close((columns**2 + rows**2).sqrt(), torch.full((64,), 3.0), atol=0.3, rtol=0)
     assert columns.min() < 0 < columns.max()
     assert rows.std() > 0.5
+
+
+@pytest.mark.slow
+def test_fine_tuning_shared_by_two_processes_ends_with_the_rows_of_one(tmp_path: Path) -> None:
+    def run(out: str, *more: str) -> list[dict[str, Any]]:
+        command = [sys.executable, str(ROOT / "benchmarks" / "fine_tune.py"), "--data", str(tmp_path), "--weights",
+                   str(tmp_path), "--json", str(tmp_path / out), "--only", "L2, local;L1, local", "--fractions", ".6",
+                   "--seeds", "0", "--epochs", "1", "--images", "256", *more]  # fmt: skip
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        rows = json.loads((tmp_path / out).read_text())["rows"]
+        return sorted(rows, key=lambda row: row["contender"])
+
+    draw = np.random.default_rng(0)
+    for name, count in (("train", protocol.HOLDOUT + fine_tune.CALIBRATION + 256), ("test", 100)):
+        x, y = draw.integers(256, size=(count, 32, 32, 3), dtype=np.uint8), draw.integers(10, size=count)
+        np.savez(tmp_path / f"{name}.npz", x=x, y=y)
+    torch.manual_seed(0)
+    save_file(protocol.cifar_resnet.resnet20().state_dict(), tmp_path / "cifar10_resnet20.safetensors")
+    shared = run("shared.json", "--workers", "2")
+    assert [row["contender"] for row in shared] == ["L1, local", "L2, local"]
+    assert run("alone.json") == shared
+    assert run("shared.json") == shared  # nothing is left to do
