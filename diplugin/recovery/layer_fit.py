@@ -16,7 +16,7 @@ from ..network import LayerSpec
 from ..team import Team
 
 _LARGEST_FIT = 6000
-_BLOCK_ROWS = 20_000
+_BLOCK_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,12 @@ class LayerFit:
         sum_x, sum_t, rows = zeros(self.sets, d), zeros(self.sets, outs), zeros(1)
         per_block = max(1, _BLOCK_ROWS // self.site.positions.shape[1])
         for block in torch.arange(len(self.x), device=self.x.device).split(per_block):
-            x, t = self._patches(block), self._targets(block)
-            gram += (x.transpose(1, 2) @ x).double()
-            cross += (x.transpose(1, 2) @ t).double()
-            sum_x += x.sum(1).double()
-            sum_t += t.sum(1).double()
+            # Double before the products: centring cancels, and a small ridge multiplies what float32 rounds off by 1/λ.
+            x, t = self._patches(block).double(), self._targets(block).double()
+            gram += x.transpose(1, 2) @ x
+            cross += x.transpose(1, 2) @ t
+            sum_x += x.sum(1)
+            sum_t += t.sum(1)
             rows += x.shape[1]
         self.team.sum([gram, cross, sum_x, sum_t, rows])
         gram, cross, mean_x, mean_t = gram / rows, cross / rows, sum_x / rows, sum_t / rows
