@@ -31,7 +31,8 @@ from protocol import network, normalised, read_npz
 from torch import Tensor, nn
 
 from diplugin import Budget
-from diplugin.export import export_onnx, onnx_accuracy, run_onnx
+from diplugin.export import export_onnx
+from diplugin.onnx_inference import onnx_accuracy, run_onnx
 from diplugin.quantize import (
     Bits,
     DIBits,

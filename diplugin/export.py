@@ -12,10 +12,9 @@ import copy
 import io
 import logging
 import os
-import platform
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .accuracy import Tally
 from .dependency import traceable
 from .errors import ModelError, UserError, first_line
-from .features import GetLabels, device_of, labels_of
+from .features import device_of
+from .onnx_inference import array_of, open_session, run_session
 from .plan import PruningPlan
 from .surgery import PLAN_FILE, load_pruned
 
 OPSET = 18
-#: Session setting by which ONNX Runtime computes quantized layers as the file says, without int8 kernels of its own.
-NO_INT8_KERNELS = "session.disable_quant_qdq"
 RELATIVE_TOLERANCE = 1e-3
 _CHECKED_BATCH = 3
 
@@ -131,51 +128,6 @@ def export_run(
     return export_onnx(model, inputs, path, dynamic_batch=dynamic_batch)
 
 
-def run_onnx(source: str | Path | bytes, inputs: Sequence[Any], threads: int = 1) -> list[np.ndarray]:
-    """Outputs of an ONNX model in ONNX Runtime on the CPU.
-
-    Args:
-        source: a file, or a serialised model.
-        inputs: tensors or arrays, in the order of the model's inputs.
-
-    Raises:
-        ModelError: no such file, not an ONNX model, or inputs that do not fit it.
-    """
-    return _run(_session(source, threads), inputs)
-
-
-def onnx_accuracy(
-    source: str | Path | bytes, loader: Iterable[Any], threads: int = 1, get_labels: GetLabels = labels_of
-) -> float:
-    """Share of images that an ONNX model classifies correctly, counted as `diplugin.accuracy.accuracy` counts.
-
-    Args:
-        source: a file, or a serialised model, whose first output is logits [N, classes].
-        loader: batches of (inputs, labels); any batch size, whatever the model's own.
-
-    Raises:
-        ModelError: the model cannot be run.
-        DataError: an empty loader, or labels that do not fit the outputs.
-    """
-    session = _session(source, threads)
-    shape = session.get_inputs()[0].shape
-    fixed = shape[0] if shape and isinstance(shape[0], int) else None
-    tally = Tally()
-    for batch in loader:
-        labels = get_labels(batch).cpu()
-        images = batch[0] if isinstance(batch[0], (tuple, list)) else (batch[0],)
-        for start in range(0, len(labels), fixed or max(1, len(labels))):
-            part = labels[start : start + (fixed or len(labels))]
-            rows = [_padded(x[start : start + len(part)], fixed or len(part)) for x in images]
-            tally.add(torch.from_numpy(_run(session, rows)[0][: len(part)]), part)
-    return tally.fraction
-
-
-def _padded(x: Tensor, rows: int) -> Tensor:
-    """`x` with its last row repeated: a file with a fixed batch takes nothing shorter."""
-    return x if len(x) == rows else torch.cat([x, x[-1:].expand(rows - len(x), *x.shape[1:])])
-
-
 def _is_tensor(x: Any) -> bool:
     return isinstance(x, Tensor)
 
@@ -192,7 +144,7 @@ def _reference(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[np.ndarray]
     except Exception as error:
         shapes = [tuple(x.shape) for x in inputs]
         raise ModelError(f"expected a model that runs on inputs of shapes {shapes}, got {first_line(error)}") from error
-    arrays = [_array(x) for x in outputs if isinstance(x, Tensor)]
+    arrays = [array_of(x) for x in outputs if isinstance(x, Tensor)]
     if not arrays:
         raise ModelError("expected a model that returns tensors, its outputs hold none")
     if not all(np.isfinite(a).all() for a in arrays if a.dtype.kind == "f"):
@@ -272,59 +224,16 @@ def _name_batch(first: Any, edges: Sequence[Any]) -> None:
                 dim.dim_param = "batch"
 
 
-def _int8_saturates() -> bool:
-    """Whether ONNX Runtime's int8 kernels add pairs of products in 16 bits here: x86 without VNNI.
-
-    What saturates is off by up to a tenth of the outputs' size, so that nothing could be said of the file itself.
-    """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    try:
-        return "vnni" not in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-
-
-def _session(source: str | Path | bytes, threads: int) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    if _int8_saturates():
-        options.add_session_config_entry(NO_INT8_KERNELS, "1")
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 4
-    model = source if isinstance(source, bytes) else str(source)
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        what = "a model that ONNX Runtime loads" if isinstance(source, bytes) else f"an ONNX model at {source}"
-        raise ModelError(f"expected {what}, got {first_line(error)}") from error
-
-
-def _run(session: Any, inputs: Sequence[Any]) -> list[np.ndarray]:
-    names = [i.name for i in session.get_inputs()]
-    if len(names) != len(inputs):
-        raise ModelError(f"expected {len(names)} inputs ({', '.join(names)}), got {len(inputs)}")
-    try:
-        return session.run(None, {n: _array(x) for n, x in zip(names, inputs, strict=True)})
-    except Exception as error:
-        raise ModelError(f"expected inputs that fit the ONNX model, got {first_line(error)}") from error
-
-
-def _array(x: Any) -> np.ndarray:
-    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
-
-
 def _compare(proto: Any, references: Sequence[tuple[tuple[Tensor, ...], list[np.ndarray]]]) -> tuple[float, float]:
     """(largest difference, largest output); both are absolute.
 
     Raises:
         ModelError: other shapes, or a difference beyond rounding.
     """
-    session = _session(proto.SerializeToString(), 1)
+    session = open_session(proto.SerializeToString(), 1)
     worst, scale = 0.0, 0.0
     for inputs, expected in references:
-        got = _run(session, _taken(session, inputs))
+        got = run_session(session, _taken(session, inputs))
         if [g.shape for g in got] != [e.shape for e in expected]:
             raise ModelError(f"expected outputs of shapes {[e.shape for e in expected]} from the exported model, "
                              f"ONNX Runtime gives {[g.shape for g in got]}")  # fmt: skip

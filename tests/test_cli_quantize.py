@@ -8,7 +8,7 @@ import pytest
 
 from diplugin import Budget, compress
 from diplugin.cli import main
-from diplugin.export import onnx_accuracy
+from diplugin.onnx_inference import onnx_accuracy
 from diplugin.quantize import read_bits
 
 SOURCE = """

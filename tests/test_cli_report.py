@@ -14,8 +14,8 @@ from torch import nn
 from diplugin.cli import export as export_command
 from diplugin.cli import report as report_command
 from diplugin.errors import PlanError, UserError
-from diplugin.export import run_onnx
 from diplugin.network import trace_network
+from diplugin.onnx_inference import run_onnx
 from diplugin.plan import PruningPlan
 from diplugin.surgery import apply_plan, save_pruned
 

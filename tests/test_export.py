@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from diplugin.accuracy import accuracy
 from diplugin.errors import DataError, ModelError, UserError
-from diplugin.export import export_onnx, onnx_accuracy, run_onnx
+from diplugin.export import export_onnx
 from diplugin.groups import remove_channels
+from diplugin.onnx_inference import onnx_accuracy, run_onnx
 
 
 def small_net() -> nn.Sequential:

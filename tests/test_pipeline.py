@@ -16,9 +16,9 @@ import diplugin
 from diplugin.accuracy import accuracy
 from diplugin.costs import macs
 from diplugin.errors import BudgetError, DataError, InfeasibleBudget, ModelError, PlanError
-from diplugin.export import run_onnx
 from diplugin.measurements import Measure
 from diplugin.network import trace_network
+from diplugin.onnx_inference import run_onnx
 from diplugin.recovery import FineTuning, Recalibrate, train
 from diplugin.search import ExactSearch
 

@@ -12,7 +12,7 @@ from torch import nn
 from diplugin import Budget
 from diplugin.discriminant import absolute_ridge, channel_scores, label_targets
 from diplugin.errors import BudgetError, DataError, InfeasibleBudget, ModelError, UserError
-from diplugin.export import run_onnx
+from diplugin.onnx_inference import run_onnx
 from diplugin.quantize import (
     BitAllocation,
     Bits,

@@ -36,6 +36,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..costs import Budget
     from ..holdout import split_holdout
+    from ..onnx_inference import NO_INT8_KERNELS, int8_saturates
     from ..plan import PruningPlan
     from ..quantize import Bits, quantize_run
     from ..recovery import Distillation
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     write_report(args.folder)
     print(f"quantized.onnx: {figures['size_mb']:.3f} MB ({figures['mean_bits']:.2f} bits a weight; 8 bits everywhere "
           f"{figures['size_mb_uniform8']:.3f} MB), accuracy {figures['accuracy']:.2%} in ONNX Runtime")  # fmt: skip
+    if int8_saturates():
+        print(f"  ONNX Runtime's int8 kernels saturate on this machine: run the file with {NO_INT8_KERNELS}=1 here")
     for layer, reason in figures["kept_float"].items():
         print(f"  {layer} stays in float: {reason}")
     return 0

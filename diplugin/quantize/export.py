@@ -16,8 +16,9 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from ..errors import ModelError, UserError
-from ..export import export_onnx, run_onnx
+from ..export import export_onnx
 from ..modes import evaluating
+from ..onnx_inference import run_onnx
 from .fake import layers_on_grid, weight_grid
 from .layouts import JoinedWeights, Layout, StoredLayer
 from .onnx_file import INT2_OPSET, INT4_OPSET, rewrite

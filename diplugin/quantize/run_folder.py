@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
-from ..export import onnx_accuracy
 from ..features import Forward, GetLabels, forward_inputs, labels_of
+from ..onnx_inference import onnx_accuracy
 from .allocation import BitAllocation
 from .run import QuantizedResult, export_quantized, quantize
 from .settings import Bits
