@@ -176,7 +176,7 @@ class _Run:
         pruned, plan = self.shrink(job, scores)
         if self.asked.recovery is not None:
             pruned = self.recover(job, pruned, plan, self.asked.recovery)
-        self.export(pruned, plan)
+        self.export(pruned, base, plan)
         quantized = self.quantize(pruned, base) if self.asked.bits is not None else None
         self.finish(plan)
         return CompressionResult(pruned.eval(), plan, self.metrics, self.folder.path, scores, quantized)
@@ -237,10 +237,12 @@ class _Run:
     def _epoch(self, report: EpochReport) -> None:
         self.tell(f"epoch {report.epoch} of {report.epochs}: loss {report.loss:.3f}")
 
-    def export(self, pruned: nn.Module, plan: PruningPlan) -> None:
+    def export(self, pruned: nn.Module, base: nn.Module, plan: PruningPlan) -> None:
         with self.stage("export"):
             save_pruned(pruned, plan, self.folder.path)
-            self.final.update(self.measure.exported(pruned, self.folder.path / ONNX))
+            after, before = self.measure.exported_beside(pruned, self.folder.path / ONNX, base)
+            self.final.update(after)
+            self.metrics["base"].update(before)
         before, after = self.metrics["base"].get("latency_ms_measured"), self.final.get("latency_ms_measured")
         if before and after and after > CLEARLY_SLOWER * before:
             self.tell(

@@ -228,6 +228,7 @@ def test_structure_distillation(
     code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diplugin.measurements.Measure.exported", lambda *_: {"latency_ms_measured": None})
+    monkeypatch.setattr("diplugin.measurements.Measure.exported_beside", lambda *_: ({"size_mb": 0.1}, {}))
     argv = ["compress", f"{code}:Net", f"{code}:data", "--example-shape=1,3,8,8", "--budget=macs=0.6", "--epochs=1",
             "--search=exact", "--strategy=structure-distillation", "--steps=2",
             f"--out={tmp_path / 'run'}"]  # fmt: skip

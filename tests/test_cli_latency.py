@@ -11,7 +11,7 @@ import pytest
 
 from diplugin.cli import measure, profile, tables
 from diplugin.errors import DipluginError
-from diplugin.latency import local, plan
+from diplugin.latency import local, onnx_timing, plan
 from diplugin.latency.plan import Protocol
 
 QUICK = Protocol(rounds=2, runs=2, min_runs=1, round_ms=0.2, warmup_ms=0.0, patience=1, gap_ms=0.0, pause_s=0.0)
@@ -44,7 +44,7 @@ def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     for module in (plan, local):
         monkeypatch.setattr(module, "THOROUGH", QUICK)
         monkeypatch.setattr(module, "QUICK", QUICK)
-    monkeypatch.setattr(local, "WHOLE_NET", QUICK)
+    monkeypatch.setattr(onnx_timing, "WHOLE_NET", QUICK)
     return ("latency_cli_net:tiny", "--example-shape", "1,1,8,8")
 
 

@@ -11,10 +11,18 @@ from torch import nn
 
 from diplugin.costs.latency import LatencyCost
 from diplugin.errors import ModelError, TableError
-from diplugin.latency import OnnxTiming, Protocol, local, measure_onnx, profile_here
+from diplugin.latency import (
+    OnnxTiming,
+    Protocol,
+    measure_onnx,
+    measure_side_by_side,
+    onnx_timing,
+    profile_here,
+)
 from diplugin.latency.graphs import export_bytes
-from diplugin.latency.local import is_this_machine, measure_apart
+from diplugin.latency.local import is_this_machine
 from diplugin.latency.noted import note_measurement
+from diplugin.latency.onnx_timing import measure_apart
 from diplugin.network import trace_network
 from diplugin.tables import Calibration, LatencyTable
 
@@ -58,8 +66,17 @@ def test_a_finished_file_is_timed(tmp_path: Path) -> None:
     assert measure_onnx(path, threads=2, protocol=QUICK).latency_ms > 0
 
 
+def test_files_side_by_side_each_get_their_own_time(tmp_path: Path) -> None:
+    small, large = tmp_path / "small.onnx", tmp_path / "large.onnx"
+    small.write_bytes(export_bytes(net(), INPUTS, ["x"]))
+    large.write_bytes(export_bytes(torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 7, padding=3) for _ in range(40))),
+                                   (torch.zeros(1, 3, 64, 64),), ["x"]))  # fmt: skip
+    first, second, again = measure_side_by_side([small, large, small], protocol=QUICK)
+    assert first == again and 0 < first.latency_ms < second.latency_ms
+
+
 def test_a_process_of_its_own_tells_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "WHOLE_NET", QUICK)
+    monkeypatch.setattr(onnx_timing, "WHOLE_NET", QUICK)
     path = tmp_path / "net.onnx"
     path.write_bytes(export_bytes(net(), INPUTS, ["x"]))
     timing = measure_apart(path)

@@ -20,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..latency.local import measure_apart
+    from ..latency.onnx_timing import measure_apart
     from ..latency.remote import Remote, measure_there
 
     path = args.run_folder / "model.onnx" if args.run_folder.is_dir() else args.run_folder

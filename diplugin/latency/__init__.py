@@ -2,7 +2,8 @@
 
 from .finish import finish, load_bundle
 from .grid import width_grid
-from .local import OnnxTiming, measure_onnx, profile_here
+from .local import profile_here
+from .onnx_timing import OnnxTiming, measure_onnx, measure_side_by_side
 from .plan import ProfilePlan, Protocol, make_plan, runtime_setting
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "load_bundle",
     "make_plan",
     "measure_onnx",
+    "measure_side_by_side",
     "profile_here",
     "runtime_setting",
     "width_grid",

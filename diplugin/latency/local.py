@@ -1,4 +1,4 @@
-"""Profiling this very machine, and timing a finished ONNX file on it, by the same protocol.
+"""Profiling this very machine.
 
 `profile_here` probes the staircase first and lets the measured alignment thin the grid, times the unpruned net to
 foresee how long the rest takes, and thins further until it fits the time it was given.
@@ -6,15 +6,13 @@ foresee how long the rest takes, and thins further until it fits the time it was
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, TableError
+from ..errors import TableError
 from ..network import NetworkTrace, trace_network
 from ..tables import Alignment, LatencyTable, Setting
 from . import device
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 POINTS = (8, 6, 4, 3)
-WHOLE_NET = Protocol(rounds=30, round_ms=60.0, gap_ms=20.0, pause_s=0.5, pauses=8)
 
 
 @dataclass(frozen=True)
@@ -158,88 +155,6 @@ def fitting_plan(
             break
     plan_nets(plan, model, inputs, trace, nets, seed, subject.dtype)
     return plan
-
-
-@dataclass(frozen=True)
-class OnnxTiming:
-    """A finished ONNX file, timed by the profiler's protocol.
-
-    `latency_ms` is the clock that counts (CPU time with one thread, else wall time). `peak_memory_mb` is that of the
-    whole process that ran it, interpreter and runtime included, and None where it shared a process with other work.
-    """
-
-    latency_ms: float
-    cpu_ms: float
-    wall_ms: float
-    cv: float
-    peak_memory_mb: float | None = None
-
-
-def measure_onnx(path: str | Path, *, threads: int = 1, protocol: Protocol = WHOLE_NET) -> OnnxTiming:
-    """Time a finished ONNX file on this machine, in this process, as the profiler times whole nets.
-
-    Args:
-        path: an ONNX file with its weights inside; symbolic dimensions run as 1.
-
-    Raises:
-        ModelError: ONNX Runtime cannot load or run the file.
-    """
-    plan = onnx_plan(path, threads=threads, protocol=protocol)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = run_bundle(plan, Path(folder) / "net.jsonl").rows
-    return replace(onnx_timing(plan, rows), peak_memory_mb=None)
-
-
-def onnx_plan(path: str | Path, *, threads: int = 1, protocol: Protocol = WHOLE_NET) -> ProfilePlan:
-    """The bundle that times one finished ONNX file, its weights inside.
-
-    Raises:
-        ModelError: ONNX Runtime cannot load the file.
-    """
-    import onnxruntime
-
-    path = Path(path)
-    try:
-        blob = path.read_bytes()
-        session = onnxruntime.InferenceSession(blob, providers=["CPUExecutionProvider"])
-        inputs = [[x.name, [d if isinstance(d, int) else 1 for d in x.shape], _numpy_type(x.type)]
-                  for x in session.get_inputs()]  # fmt: skip
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"expected an ONNX file that loads, got {str(path)!r}: {reason}") from None
-    plan = ProfilePlan(path.stem, runtime_setting(threads), protocol)
-    plan.add("net", (blob, inputs), {"name": path.name, "keys": []})
-    return plan
-
-
-def onnx_timing(plan: ProfilePlan, rows: Mapping[str, Mapping[str, Any]]) -> OnnxTiming:
-    """What a journal says of the one net of an `onnx_plan`."""
-    row = rows[plan.jobs[-1].id]
-    latency = row["cpu_ms"] if plan.setting.threads == 1 else row["wall_ms"]
-    return OnnxTiming(latency, row["cpu_ms"], row["wall_ms"], row["cv"], row["peak_mb"] or None)
-
-
-def measure_apart(path: str | Path, *, threads: int = 1) -> OnnxTiming:
-    """Time a finished ONNX file on this machine in a process of its own, which also tells its peak memory.
-
-    Raises:
-        ModelError: ONNX Runtime cannot load the file.
-        TableError: the process failed.
-    """
-    plan = onnx_plan(path, threads=threads, protocol=WHOLE_NET)
-    with tempfile.TemporaryDirectory() as folder:
-        bundle, journal = plan.save(Path(folder) / "net.pyz"), Path(folder) / "net.jsonl"
-        command = [sys.executable, str(bundle), "--journal", str(journal), "--quiet"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise TableError(f"expected the timing of {str(path)!r} to run, got {lines[-1][:300]}")
-        return onnx_timing(plan, device.read_journal(str(journal))[1])
-
-
-def _numpy_type(name: str) -> str:
-    kinds = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
-    return kinds.get(name) or name.removeprefix("tensor(").removesuffix(")")
 
 
 def is_this_machine(table: LatencyTable) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import PlanError
 from ..run_folder import METRICS, read_json
-from .local import OnnxTiming
+from .onnx_timing import OnnxTiming
 
 _LAST = ("recovered", "pruned")  # model.onnx is the float network, whatever was quantized after it
 

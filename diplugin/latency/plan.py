@@ -115,8 +115,8 @@ class ProfilePlan:
             self.add("sentinel", self.graphs.operator(SENTINEL), {})
             self.add("call", self.graphs.call(), {})
 
-    def add(self, kind: str, graph: Graph, detail: Mapping[str, Any]) -> None:
-        """Add a job once, however often it is asked for."""
+    def add(self, kind: str, graph: Graph, detail: Mapping[str, Any]) -> str:
+        """Add a job once, however often it is asked for; returns its id."""
         blob, inputs = graph
         name = hashlib.sha256(blob).hexdigest() + ".onnx"
         identity = device.canonical({"blob": name, "kind": kind, "detail": dict(detail)})
@@ -125,6 +125,7 @@ class ProfilePlan:
             self._ids.add(job.id)
             self.jobs.append(job)
             self.blobs[name] = blob
+        return job.id
 
     @property
     def plan(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import IO
 from ..errors import DeviceError
 from . import device
 from .finish import load_bundle
-from .local import OnnxTiming, onnx_plan, onnx_timing
+from .onnx_timing import OnnxTiming, onnx_plan, onnx_timing
 
 RETRIES, BACKOFF_S = 5, 2.0
 _CONNECTION_LOST = 255
