@@ -1,13 +1,14 @@
 """B2: accuracy after recovery. Every contender gets the same fine-tuning; the last epoch counts.
 
     python benchmarks/fine_tune.py --data DIR --weights DIR [--only WORDS] [--seeds 0,1,2] [--epochs 10]
-                                   [--images 20000] [--lr .02] [--judge test] [--compile] [--workers N]
-                                   [--fractions .5,.3] [--json OUT] [--quick]
+                                   [--images 20000] [--lr .02] [--teacher 0] [--judge test] [--compile]
+                                   [--workers N] [--fractions .5,.3] [--json OUT] [--quick]
     python benchmarks/fine_tune.py --data DIR --weights DIR --long --device cuda --json OUT
 
 Short form (CPU): ResNet-20 to 50 and 30 % of its MACs, 10 epochs on 20,000 images, lr .02 with a cosine, 3 seeds. Long
 form (GPU): ResNet-56 to 1 / 2.11 and 1 / 2.6, 100 epochs on all images but the holdout, lr .01, milestones 60 and 80.
 A killed run goes on where OUT ends, row by row; `--workers` deals the contenders out to so many processes.
+`--teacher .7` lets the unpruned network teach every contender, as `Distillation` does in the product by default.
 
 `L2, uniform, reconstructed` gives the structure of uniform widths and largest filter norms the refit that `compress`
 gives its own: what of our lead is selection and what is repair. Judged on test images. For choosing settings
@@ -61,7 +62,8 @@ class Setting:
     def key(self) -> Row:
         """What a row must share with this run to be one of its rows."""
         recipe = self.recipe
-        return {"net": self.net, "epochs": recipe.epochs, "images": recipe.images, "lr": recipe.lr, "judge": self.judge}
+        return {"net": self.net, "epochs": recipe.epochs, "images": recipe.images, "lr": recipe.lr,
+                "teacher": recipe.teacher_weight, "judge": self.judge}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ class Bench:
 
     def trained(self, pruned: nn.Module, seed: int) -> Row:
         before = 100 * accuracy(pruned, self.judged)
-        tuned = self.setting.recipe.train(copy.deepcopy(pruned).to(self.setting.device), *self.training, seed)
+        student, teacher = (copy.deepcopy(m).to(self.setting.device) for m in (pruned, self.model))
+        tuned = self.setting.recipe.train(student, *self.training, seed, teacher)
         return {"one_shot": before, "top1": 100 * accuracy(tuned.cpu(), self.judged)}
 
     def twin_of(self, row: Row) -> Row | None:
@@ -207,6 +210,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--images", type=int)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--teacher", dest="teacher_weight", type=float, metavar="SHARE", help="of the loss")
     parser.add_argument("--compile", dest="compiled", action="store_true", default=None, help="train compiled")
     parser.add_argument("--judge", choices=("test", "holdout", "unfamiliar"), default="test")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the work and OUT")
@@ -214,6 +218,8 @@ def parsed() -> argparse.Namespace:
     args = parser.parse_args()
     if args.workers > 1 and args.json is None:
         parser.error("--workers wants --json OUT, where their rows meet")
+    if not 0 <= (args.teacher_weight or 0) <= 1:
+        parser.error(f"expected --teacher in [0, 1], got {args.teacher_weight}")
     if args.quick:
         args.seeds, args.fractions, args.epochs, args.images = "0", "0.5", 1, 3_000
         args.only = args.only or "L2;compress"
@@ -222,7 +228,9 @@ def parsed() -> argparse.Namespace:
 
 def setting_of(args: argparse.Namespace) -> Setting:
     setting = Setting(**(LONG if args.long else SHORT), device=args.device, judge=args.judge)
-    changes = {k: v for k in ("epochs", "images", "lr", "compiled") if (v := getattr(args, k)) is not None}
+    changes = {
+        k: v for k in ("epochs", "images", "lr", "teacher_weight", "compiled") if (v := getattr(args, k)) is not None
+    }
     fractions = tuple(float(f) for f in args.fractions.split(",")) if args.fractions else setting.fractions
     return replace(setting, fractions=fractions, recipe=replace(setting.recipe, **changes))
 

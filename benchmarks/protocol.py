@@ -8,6 +8,7 @@ know them by heart: `Data.unfamiliar` shows the same images turned, scaled and d
 from __future__ import annotations
 
 import argparse
+import copy
 import fcntl
 import json
 import math
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from diplugin.contenders import Case, Contender
 from diplugin.network import trace_network
+from diplugin.recovery.losses import teacher_loss
 from diplugin.sources import flip_and_shift
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples are not installed
@@ -136,6 +138,7 @@ class Recipe:
 
     Attributes:
         milestones: epochs after which the learning rate falls tenfold; empty for a cosine to zero.
+        teacher_weight: share of the unpruned network's say in the loss, as in `diplugin.recovery.Distillation`.
         compiled: train through `torch.compile`, half as fast again on a CPU; needs a C++ compiler.
     """
 
@@ -145,6 +148,7 @@ class Recipe:
     batch: int = 128
     weight_decay: float = 5e-4
     milestones: tuple[int, ...] = ()
+    teacher_weight: float = 0.0
     compiled: bool = False
 
     def rate(self, step: int, steps: int) -> float:
@@ -153,15 +157,14 @@ class Recipe:
             return self.lr * 0.1 ** sum(epoch >= m for m in self.milestones)
         return self.lr * 0.5 * (1 + float(np.cos(np.pi * step / steps)))
 
-    def train(self, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> nn.Module:
-        """Train in place on images that lie where the model does; returns it in eval mode."""
+    def train(self, model: nn.Module, x: Tensor, y: Tensor, seed: int, teacher: nn.Module | None = None) -> nn.Module:
+        """Train in place on images that lie where the models do; returns it in eval mode."""
         torch.manual_seed(seed)
-        model = model.to(memory_format=torch.channels_last)
+        torch.compiler.reset()  # the compiler gives up on code that it has seen with many shapes
+        model = model.to(memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay)
         per_epoch = len(x) // self.batch
-        model.train()
-        torch.compiler.reset()  # the compiler gives up on code that it has seen with many shapes
-        forward = torch.compile(model) if self.compiled else model
+        forward, taught = self._ready(model), self._taught(teacher)
         for epoch in range(self.epochs):
             order = torch.randperm(len(x))
             for i in range(per_epoch):
@@ -169,11 +172,30 @@ class Recipe:
                 for group in optimizer.param_groups:
                     group["lr"] = self.rate(epoch * per_epoch + i, self.epochs * per_epoch)
                 images = flip_and_shift(x[ids]).contiguous(memory_format=torch.channels_last)
-                loss = F.cross_entropy(forward(images), y[ids])
+                loss = taught(forward(images), images, y[ids])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
         return model.eval()
+
+    def _ready(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        return torch.compile(model) if self.compiled else model
+
+    def _taught(self, teacher: nn.Module | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The loss of (logits, images, labels), the teacher's part included where it has one."""
+        weight = self.teacher_weight
+        if not weight:
+            return lambda logits, _, labels: F.cross_entropy(logits, labels)
+        if teacher is None:
+            raise ValueError("a teacher's weight asks for a teacher")
+        says = self._ready(copy.deepcopy(teacher).to(memory_format=torch.channels_last).eval())
+
+        def loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+            with torch.no_grad():
+                told = says(images)
+            return (1 - weight) * F.cross_entropy(logits, labels) + weight * teacher_loss(logits, told)
+
+        return loss
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

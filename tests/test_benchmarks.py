@@ -66,14 +66,17 @@ def test_fingerprints_tell_networks_apart_by_every_weight_and_buffer() -> None:
         assert fine_tune.fingerprint(other) != fine_tune.fingerprint(net()), name
 
 
-def test_training_does_the_same_steps_as_a_plain_loop() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_training_does_the_same_steps_as_a_plain_loop(share: float) -> None:
     x, y = torch.randn(40, 3, 8, 8), torch.randint(3, (40,))
 
-    def net() -> nn.Module:
-        torch.manual_seed(1)
+    def net(seed: int = 1) -> nn.Module:
+        torch.manual_seed(seed)
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
 
-    trained = protocol.Recipe(epochs=2, lr=0.1, batch=20).train(net(), x, y, seed=3)
+    teacher = net(2).eval()
+    recipe = protocol.Recipe(epochs=2, lr=0.1, batch=20, teacher_weight=share)
+    trained = recipe.train(net(), x, y, seed=3, teacher=teacher)
     twin = net().train()
     torch.manual_seed(3)
     optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
@@ -82,12 +85,21 @@ def test_training_does_the_same_steps_as_a_plain_loop() -> None:
             order = torch.randperm(40)
         ids = order[20 * (step % 2) :][:20]
         optimizer.param_groups[0]["lr"] = 0.05 * (1 + torch.cos(torch.tensor(torch.pi * step / 4)).item())
-        loss = nn.functional.cross_entropy(twin(protocol.flip_and_shift(x[ids])), y[ids])
+        images = protocol.flip_and_shift(x[ids])
+        said = twin(images)
+        hard = nn.functional.cross_entropy(said, y[ids])
+        told, own = (torch.softmax(z / 4, 1) for z in (teacher(images).detach(), said))
+        soft = 16 * (told * (told.log() - own.log())).sum(1).mean()
         optimizer.zero_grad()
-        loss.backward()
+        ((1 - share) * hard + share * soft).backward()
         optimizer.step()
     for ours, theirs in zip(trained.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_share_for_a_teacher_asks_for_one() -> None:
+    with pytest.raises(ValueError, match="teacher"):
+        protocol.Recipe(teacher_weight=0.5).train(nn.Linear(2, 2), torch.zeros(4, 2), torch.zeros(4).long(), seed=0)
 
 
 def test_a_disguise_of_no_strength_is_the_image_or_its_mirror_image() -> None:
