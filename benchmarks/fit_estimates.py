@@ -17,7 +17,6 @@ import argparse
 import csv
 import json
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,15 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torchvision_models import import_timm
+
+from diplugin.latency.calibration import rank_correlation
+from diplugin.latency.operators import FEATURES, network_features
+from diplugin.network import LayerSpec, record_layers
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from torchvision_models import import_timm  # noqa: E402
-
-from diplugin.latency.calibration import rank_correlation  # noqa: E402
-from diplugin.latency.operators import FEATURES, network_features  # noqa: E402
-from diplugin.network import LayerSpec, record_layers  # noqa: E402
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 NANO = {"jetson-nano-cpu": "jetson_nano_cpu_onnxruntime.csv", "jetson-nano-gpu": "jetson_nano_gpu_onnxruntime.csv"}

@@ -14,7 +14,6 @@ latency, seconds, and what the exact one says of its plan. `--searches` ends the
 from __future__ import annotations
 
 import copy
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -25,24 +24,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch_pruning as tp
+from protocol import Data, Notebook, Recipe, arguments, network, print_targets, timed
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from protocol import Data, Notebook, Recipe, arguments, network, print_targets, timed  # noqa: E402
-
-from diplugin.accuracy import accuracy  # noqa: E402
-from diplugin.costs import Budget, CostModel, LatencyCost, PeakActivationMemory, SeparableCost, macs, params  # noqa: E402
-from diplugin.errors import InfeasibleBudget  # noqa: E402
-from diplugin.groups import remove_channels  # noqa: E402
-from diplugin.latency import measure_onnx, profile_here  # noqa: E402
-from diplugin.latency.graphs import export_bytes  # noqa: E402
-from diplugin.network import NetworkTrace, trace_network  # noqa: E402
-from diplugin.recovery import recalibrate_batchnorm  # noqa: E402
-from diplugin.scoring import score_groups  # noqa: E402
-from diplugin.search import ExactSearch, FixedScores, GreedySearch, Search, greedy_search  # noqa: E402
-from diplugin.surgery import apply_plan, load_weights, read_weights  # noqa: E402
+from diplugin.accuracy import accuracy
+from diplugin.costs import Budget, CostModel, LatencyCost, PeakActivationMemory, SeparableCost, macs, params
+from diplugin.errors import InfeasibleBudget
+from diplugin.groups import remove_channels
+from diplugin.latency import measure_onnx, profile_here
+from diplugin.latency.graphs import export_bytes
+from diplugin.network import NetworkTrace, trace_network
+from diplugin.recovery import recalibrate_batchnorm
+from diplugin.scoring import score_groups
+from diplugin.search import ExactSearch, FixedScores, GreedySearch, Search, greedy_search
+from diplugin.surgery import apply_plan, load_weights, read_weights
 
 FRACTIONS = (0.7, 0.5)
 CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
