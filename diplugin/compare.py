@@ -29,6 +29,7 @@ from .network import record_layers, trace_network
 from .recovery import recalibrate_batchnorm
 from .sources import DataSource
 from .strategies import first_images
+from .whole_files import write_text
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Comparison:
 
     def save(self, path: str | Path) -> None:
         """Write the comparison as JSON."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_text(path, self.to_json())
 
 
 def compare(

@@ -11,8 +11,6 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -31,6 +29,7 @@ from .features import device_of
 from .onnx_inference import array_of, open_session, run_session
 from .plan import PruningPlan
 from .surgery import PLAN_FILE, load_pruned
+from .whole_files import write_bytes
 
 OPSET = 18
 RELATIVE_TOLERANCE = 1e-3
@@ -105,8 +104,9 @@ def export_onnx(
         if proto is None:
             proto = _export(model, inputs, len(references[0][1]), opset, dynamic=False)
             difference, scale = _compare(proto, references)
-    size = _write(path, proto)
-    return ExportCheck(path, size / 1e6, difference, scale, len(references) > 1)
+    content = proto.SerializeToString()
+    write_onnx(path, content)
+    return ExportCheck(path, len(content) / 1e6, difference, scale, len(references) > 1)
 
 
 def export_run(
@@ -254,20 +254,13 @@ def _taken(session: Any, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     return inputs
 
 
-def _write(path: Path, proto: Any) -> int:
-    """Write beside the target and rename: the name never holds half a file. Returns the bytes written."""
-    temporary = ""
+def write_onnx(path: Path, content: bytes) -> None:
+    """Write an ONNX file.
+
+    Raises:
+        UserError: the path cannot be written.
+    """
     try:
-        content = proto.SerializeToString()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        write_bytes(path, content)
     except OSError as error:
         raise UserError(f"expected a file that can be written at {path}, got {error}") from error
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-    return len(content)

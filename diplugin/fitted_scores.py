@@ -27,6 +27,7 @@ from .features import Observation, score_points
 from .groups import ChannelGroup, GroupMember, Side
 from .reader_energy import measuring
 from .taps import TapPoint
+from .whole_files import writing_whole
 
 SCHEMA = 1
 _HEADER, _ENERGY = "diplugin", "energy:"
@@ -90,7 +91,8 @@ class FittedScores:
         tensors = {str(i): s.scores.cpu().contiguous() for i, (_, s) in enumerate(points)}
         tensors |= {_ENERGY + name: values.cpu().contiguous() for name, values in self.energies.items()}
         try:
-            save_file(tensors, str(path), metadata={_HEADER: json.dumps(header)})
+            with writing_whole(path) as partial:
+                save_file(tensors, str(partial), metadata={_HEADER: json.dumps(header)})
         except (OSError, SafetensorError) as error:
             raise PlanError(f"expected a path that can be written at {path}, got {first_line(error)}") from error
 

@@ -19,6 +19,7 @@ import torch
 
 from .errors import PlanError
 from .network import TensorSpec
+from .whole_files import write_text
 
 SCHEMA = 1
 
@@ -183,7 +184,7 @@ class PruningPlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:

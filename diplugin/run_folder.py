@@ -16,7 +16,6 @@ Every file appears under its name only when it is complete. A run is whole when 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 import warnings
@@ -28,6 +27,7 @@ from typing import Any
 
 from .errors import PlanError, first_line
 from .team import Team
+from .whole_files import LEFTOVERS, write_json, write_text
 
 CONFIG, SCORES, METRICS, REPORT, LOG = "config.json", "scores.json", "metrics.json", "report.html", "log.txt"
 ONNX = "model.onnx"
@@ -78,14 +78,11 @@ class RunFolder:
 
     def write_json(self, name: str, data: Any) -> None:
         """Write atomically; numbers must be finite."""
-        self.write_text(name, json.dumps(data, indent=1, allow_nan=False))
+        write_json(self.path / name, data)
 
     def write_text(self, name: str, text: str) -> None:
         """Write atomically."""
-        target = self.path / name
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
+        write_text(self.path / name, text)
 
     def log(self, line: str) -> None:
         """Add a line with the time to log.txt."""
@@ -119,8 +116,10 @@ class RunFolder:
                 (self.path / name).write_bytes(data)
 
     def finish(self) -> None:
-        """Remove the checkpoints of a run that is whole."""
+        """Remove the checkpoints of a run that is whole, and what kills on the way have left half written."""
         shutil.rmtree(self.path / STAGES, ignore_errors=True)
+        for left in self.path.glob(LEFTOVERS):
+            left.unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """Leave nothing of a run that never got to a plan, nor to one of its steps' plans."""

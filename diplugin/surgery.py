@@ -18,6 +18,7 @@ from torch import nn
 from .errors import PlanError, first_line
 from .groups import ChannelGroup, remove_channels, trace_groups
 from .plan import PruningPlan
+from .whole_files import writing_whole
 
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -97,7 +98,9 @@ def save_pruned(model: nn.Module, plan: PruningPlan, folder: str | Path) -> None
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write a model's parameters and buffers as safetensors."""
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, str(path))
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    with writing_whole(path) as partial:
+        save_file(state, str(partial))
 
 
 def load_pruned(fresh_model: nn.Module, folder: str | Path) -> nn.Module:

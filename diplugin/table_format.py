@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -20,6 +19,7 @@ from typing import Any
 from . import table_checks as checks
 from .errors import TableError
 from .tables import SCHEMA, Alignment, Entry, LatencyTable, NetTiming, OpKey, Setting
+from .whole_files import write_text
 
 FORMAT = "diplugin-latency-table"
 KEY_COLUMNS = tuple(f.name for f in fields(OpKey))
@@ -106,14 +106,7 @@ def load_table(source: str | Path) -> LatencyTable:
 
 def save_table(table: LatencyTable, path: Path) -> Path:
     """Write a table so that a reader sees the old file or the whole new one."""
-    text = dumps_table(table)
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, dumps_table(table))
     return path
 
 

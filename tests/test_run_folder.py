@@ -68,3 +68,12 @@ def test_numbers_of_fresh_folders(tmp_path: Path) -> None:
     (tmp_path / "demo-1").mkdir()
     assert next_numbered(tmp_path, "demo").name == "demo-2"
     assert json.dumps(str(next_numbered(tmp_path / "none", "demo"))).endswith('demo-1"')
+
+
+def test_a_whole_run_keeps_nothing_of_the_kills_on_its_way(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    (folder.path / ".plan.json.1234.partial").write_text("half of")
+    folder.write_json("plan.json", {})
+    folder.finish()
+    assert [p.name for p in folder.path.iterdir() if p.name.endswith(".partial")] == []
+    assert (folder.path / "plan.json").exists()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +69,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _add_figures(folder: Path, figures: dict[str, Any]) -> None:
     from ..run_folder import METRICS, read_json
+    from ..whole_files import write_json
 
     metrics = read_json(folder / METRICS)
     last = metrics.get("recovered", metrics["pruned"])
     same = {name: last.get(name) for name in ("macs", "params", "memory_mb")}
     metrics["quantized"] = {**dict.fromkeys(last), **same, **figures}
-    partial = folder / f"{METRICS}.partial"
-    partial.write_text(json.dumps(metrics, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(partial, folder / METRICS)
+    write_json(folder / METRICS, metrics)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..whole_files import write_text
 from .common import add_data, add_model, data_of, model_of, positive
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             data = {"di": dict(scores.di), "scores": {n: v.tolist() for n, v in scores.scores.items()},
                     "rho": scores.rho, "images": scores.images, "reliability": profile.reliability}  # fmt: skip
-            args.json.write_text(json.dumps(data, indent=1), encoding="utf-8")
+            write_text(args.json, json.dumps(data, indent=1))
     return 0
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
 from ..run_folder import METRICS, read_json
+from ..whole_files import write_json
 from .onnx_timing import OnnxTiming
 
 _LAST = ("recovered", "pruned")  # model.onnx is the float network, whatever was quantized after it
@@ -32,7 +31,5 @@ def note_measurement(folder: str | Path, timing: OnnxTiming, place: str) -> dict
         if budget["cost"] == "latency_ms":
             budget["measured"] = timing.latency_ms
             budget["met"] = timing.latency_ms <= budget["asked"] * (1 + 1e-9)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(metrics, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, metrics)
     return metrics

@@ -24,6 +24,7 @@ from ..errors import TableError
 from ..groups import remove_channels
 from ..network import NetworkTrace
 from ..tables import Alignment, OpKey, Setting
+from ..whole_files import writing_whole
 from . import device
 from .graphs import Graph, Graphs, OnnxGraphs
 from .grid import group_grids, layer_keys, random_widths
@@ -158,10 +159,8 @@ class ProfilePlan:
     def save(self, path: str | Path) -> Path:
         """Write the bundle: a zip that `python3 FILE` runs; needs numpy and the runtime there, nothing else."""
         path = Path(path)
-        temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
+        with writing_whole(path) as partial:
+            with open(partial, "wb") as file:
                 file.write(b"#!/usr/bin/env python3\n")
                 with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
                     archive.writestr("__main__.py", RUN_DEVICE)
@@ -170,10 +169,7 @@ class ProfilePlan:
                     archive.writestr("plan.json", device.canonical(self.plan))
                     for name, blob in self.blobs.items():
                         archive.writestr(f"blobs/{name}", blob)
-            os.chmod(temporary, 0o755)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            os.chmod(partial, 0o755)
         return path
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import InfeasibleBudget, PlanError
+from ..whole_files import write_json
 from .grid import BIT_WIDTHS
 
 Widths = Mapping[str, np.ndarray]
@@ -62,7 +63,7 @@ class BitAllocation:
             raise PlanError(f"expected a bit allocation with 'version' and 'bits', got {data!r:.80}") from error
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_json()), encoding="utf-8")
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> BitAllocation:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from ..errors import ModelError, UserError
-from ..export import export_onnx
+from ..errors import ModelError
+from ..export import export_onnx, write_onnx
 from ..modes import evaluating
 from ..onnx_inference import run_onnx
 from .fake import layers_on_grid, weight_grid
@@ -105,7 +104,7 @@ def export_model(
     content = proto.SerializeToString()
     difference = _difference(model, content, example_inputs)
     onnx.checker.check_model(proto, full_check=True)
-    _write(Path(path), content)
+    write_onnx(Path(path), content)
     return QuantizedExport(Path(path), len(content) / 1e6, difference, opset)
 
 
@@ -124,14 +123,3 @@ def _difference(model: nn.Module, content: bytes, inputs: tuple[Any, ...]) -> fl
             f"size; nothing was written"
         )
     return difference
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write beside the target and rename: the name never holds half a file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"expected a file that can be written at {path}, got {error}") from error

@@ -6,7 +6,6 @@ The accuracy is the one of the file, run by ONNX Runtime.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from ..errors import PlanError
 from ..features import Forward, GetLabels, forward_inputs, labels_of
 from ..onnx_inference import onnx_accuracy
+from ..whole_files import write_text
 from .allocation import BitAllocation
 from .run import QuantizedResult, export_quantized, quantize
 from .settings import Bits
@@ -98,6 +98,4 @@ def checking_inputs(loader: Iterable[Any], example_inputs: tuple[Any, ...]) -> t
 
 def _write_bits(path: Path, result: QuantizedResult, figures: dict[str, Any]) -> None:
     data = {**result.allocation.to_json(), "weights": dict(result.weights), **figures}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(data, indent=1))

@@ -21,6 +21,7 @@ from ..errors import DataError, UserError
 from ..features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
 from ..modes import modes_kept
 from ..team import Team, current_team
+from ..whole_files import writing_whole
 from .losses import label_loss, teacher_loss
 from .shared_step import SharedStep
 
@@ -215,9 +216,8 @@ def _save_state(path: Path | None, model: nn.Module, optimizer: torch.optim.Opti
         momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
         if momentum is not None:
             state[f"momentum.{i}"] = momentum.detach().cpu().contiguous().clone()
-    partial = path.with_suffix(".partial")
-    save_file(state, partial, metadata={"epoch": str(epoch)})
-    partial.replace(path)
+    with writing_whole(path) as partial:
+        save_file(state, partial, metadata={"epoch": str(epoch)})
 
 
 def _load_state(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..discriminant import absolute_ridge, backward_elimination, channel_scores
 from ..errors import DataError
+from ..whole_files import write_text
 from .identities import Identity, RidgedCovariance, check_identities, di_along, greedy_order, pool
 
 FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
@@ -216,4 +217,4 @@ def save_validation(layers: Sequence[LayerValidation], path: Path) -> None:
     """All layers' evidence as JSON."""
     means = {"kept": FRACTIONS, "accuracies": mean_accuracies(layers)}
     record = {"schema": "diplugin.validation/1", "layers": [layer.to_json() for layer in layers], "means": means}
-    path.write_text(json.dumps(record, indent=1))
+    write_text(path, json.dumps(record, indent=1))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from ..errors import PlanError
 from ..run_folder import REPORT
+from ..whole_files import write_bytes
 from .page import PICTURES, render
 from .run import read_run
 from .summary import summary
@@ -48,10 +48,7 @@ def figures(folder: str | Path, out: str | Path) -> list[Path]:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(partial, path)
+        write_bytes(path, text.encode("utf-8", "replace"))
     except OSError as error:
         raise PlanError(f"expected a file that can be written at {path}, got {error}") from error

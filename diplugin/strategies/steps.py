@@ -9,7 +9,6 @@ stages/step-2.json                   its record; last, so that a step that has i
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,9 +84,7 @@ class Steps:
     def keep(self, step: int, model: nn.Module, record: Mapping[str, Any]) -> None:
         """Write the weights, then the record."""
         weights = self._path(step, "safetensors")
-        partial = weights.with_suffix(".partial")
-        save_weights(model, partial)
-        os.replace(partial, weights)
+        save_weights(model, weights)
         self._job.folder.write_json(f"{STAGES}/{self._path(step, 'json').name}", record)
         self.lesson(step).unlink(missing_ok=True)
 

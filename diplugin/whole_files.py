@@ -1,0 +1,66 @@
+"""Files that are whole or not there: written beside their name and then renamed to it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+#: Names that killed writers leave behind.
+LEFTOVERS = ".*.partial"
+
+
+@contextmanager
+def writing_whole(path: str | Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` once the block has ended well; the folder is made where it is missing.
+
+    Whoever reads `path` meanwhile, or after a kill, finds the old file or the new one and never half of one. A link is
+    followed; what is there and no plain file, such as a pipe, is written to as it is.
+
+    Raises:
+        OSError: the folder or the file cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with writing_whole(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write strict JSON whole: numbers must be finite.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: a number that JSON does not have.
+    """
+    write_text(path, json.dumps(data, indent=1, allow_nan=False))
