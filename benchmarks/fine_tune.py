@@ -142,8 +142,8 @@ class Bench:
 
     def trained(self, pruned: nn.Module, seed: int) -> Row:
         before = 100 * accuracy(pruned, self.judged)
-        student, teacher = (copy.deepcopy(m).to(self.setting.device) for m in (pruned, self.model))
-        tuned = self.setting.recipe.train(student, *self.training, seed, teacher)
+        student = copy.deepcopy(pruned).to(self.setting.device)
+        tuned = self.setting.recipe.train(student, *self.training, seed, self.model)
         return {"one_shot": before, "top1": 100 * accuracy(tuned.cpu(), self.judged)}
 
     def twin_of(self, row: Row) -> Row | None:

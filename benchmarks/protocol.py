@@ -158,13 +158,13 @@ class Recipe:
         return self.lr * 0.5 * (1 + float(np.cos(np.pi * step / steps)))
 
     def train(self, model: nn.Module, x: Tensor, y: Tensor, seed: int, teacher: nn.Module | None = None) -> nn.Module:
-        """Train in place on images that lie where the models do; returns it in eval mode."""
+        """Train in place on images that lie where the model does; returns it in eval mode."""
         torch.manual_seed(seed)
         torch.compiler.reset()  # the compiler gives up on code that it has seen with many shapes
         model = model.to(memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay)
         per_epoch = len(x) // self.batch
-        forward, taught = self._ready(model), self._taught(teacher)
+        forward, taught = self._ready(model), self._taught(teacher, x.device)
         for epoch in range(self.epochs):
             order = torch.randperm(len(x))
             for i in range(per_epoch):
@@ -181,14 +181,14 @@ class Recipe:
     def _ready(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         return torch.compile(model) if self.compiled else model
 
-    def _taught(self, teacher: nn.Module | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def _taught(self, teacher: nn.Module | None, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The loss of (logits, images, labels), the teacher's part included where it has one."""
         weight = self.teacher_weight
         if not weight:
             return lambda logits, _, labels: F.cross_entropy(logits, labels)
         if teacher is None:
             raise ValueError("a teacher's weight asks for a teacher")
-        says = self._ready(copy.deepcopy(teacher).to(memory_format=torch.channels_last).eval())
+        says = self._ready(copy.deepcopy(teacher).to(device, memory_format=torch.channels_last).eval())
 
         def loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
             with torch.no_grad():

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -24,9 +24,6 @@ from .network import trace_network
 from .plan import PruningPlan
 from .tables import LatencyTable
 from .team import current_team
-
-if TYPE_CHECKING:
-    from .export import ExportCheck
 
 _PACKAGES = ("diplugin", "torch", "torch-pruning", "onnx", "onnxruntime", "numpy", "scikit-learn")
 
@@ -39,6 +36,7 @@ class Measure:
         judge: batches that accuracy is reported on.
         inputs: example inputs at batch 1.
         table: of the target device; where it is another device's, nothing is timed here.
+        unpruned: where the unpruned network's ONNX file stays while the run lasts, to be timed beside the pruned one.
     """
 
     judge: Iterable[Any]
@@ -46,13 +44,14 @@ class Measure:
     table: LatencyTable | None
     get_labels: GetLabels
     forward: Forward
+    unpruned: Path
 
     def base(self, model: nn.Module, costs: Sequence[CostModel]) -> dict[str, Any]:
         """Figures of the unpruned network."""
         figures: dict[str, Any] = {"accuracy": self.accuracy(model)}
         figures.update({"latency_ms_predicted" if c.name == "latency_ms" else c.name: c.base for c in costs})
-        with tempfile.TemporaryDirectory() as scratch:
-            return {**figures, **self.exported(model, Path(scratch) / "model.onnx")}
+        figures.update(self.exported(model, self.unpruned))
+        return {**figures, "latency_ms_measured": self.timed(self.unpruned)[0]}
 
     def pruned(self, model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
         """Figures of a cut network; MACs, parameters and memory counted on the network itself."""
@@ -68,46 +67,39 @@ class Measure:
         return accuracy(model, self.judge if data is None else data, get_labels=self.get_labels, forward=self.forward)
 
     def exported(self, model: nn.Module, path: Path) -> dict[str, Any]:
-        """Write the ONNX file; its size, its time on this machine, and how near it comes to torch.
-
-        Of many processes the first one writes and times it while the others wait: a clock wants a machine to itself.
-        """
+        """Write the ONNX file; its size, and how near it comes to torch. Of many processes the first one writes it."""
         from .export import export_onnx
 
         def work() -> dict[str, Any]:
             check = export_onnx(model, self.inputs, path)
-            return {**_of_file(check), "latency_ms_measured": self._times(path)[0]}
+            return {"size_mb": check.size_mb, "onnx_max_abs_difference": check.max_abs_difference}
 
         return current_team().done_by_first(work)
 
-    def exported_beside(
-        self, model: nn.Module, path: Path, unpruned: nn.Module
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """`exported` for the pruned network, and the unpruned one's time, both timed in turns.
+    def timed(self, *paths: Path) -> list[float | None]:
+        """Times of ONNX files on this machine, in ms; None where the table is another device's.
 
-        A machine that others use too is not as fast at the end of a run as at its start; in turns both networks meet
-        the same minute, and their ratio is the networks' own.
+        The files run in turns: a machine that others use too is not as fast at the end of a run as at its start, and in
+        turns all of them meet the same minute. Of many processes the first one times them while the others wait: a
+        clock wants a machine to itself.
         """
-        from .export import export_onnx
 
-        def work() -> tuple[dict[str, Any], dict[str, Any]]:
-            check = export_onnx(model, self.inputs, path)
-            with tempfile.TemporaryDirectory() as scratch:
-                before = export_onnx(unpruned, self.inputs, Path(scratch) / "unpruned.onnx")
-                after_ms, before_ms = self._times(path, before.path)
-            return {**_of_file(check), "latency_ms_measured": after_ms}, {"latency_ms_measured": before_ms}
+        def work() -> list[float | None]:
+            if self.table is not None and not self._is_local():
+                return [None] * len(paths)
+            from .latency import measure_side_by_side
+
+            threads = self.table.setting.threads if self.table is not None else 1
+            return [timing.latency_ms for timing in measure_side_by_side(paths, threads=threads)]
 
         return current_team().done_by_first(work)
 
     def milliseconds(self, model: nn.Module) -> float | None:
         """The network's time as ONNX on this machine; None where the table is another device's."""
-        from .export import export_onnx
-
-        def work() -> float | None:
-            with tempfile.TemporaryDirectory() as scratch:
-                return self._times(export_onnx(model, self.inputs, Path(scratch) / "model.onnx").path)[0]
-
-        return current_team().done_by_first(work)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "model.onnx"
+            self.exported(model, path)
+            return self.timed(path)[0]
 
     @property
     def local(self) -> bool:
@@ -120,18 +112,6 @@ class Measure:
         from .latency.local import is_this_machine
 
         return is_this_machine(self.table)
-
-    def _times(self, *paths: Path) -> list[float | None]:
-        if self.table is not None and not self._is_local():
-            return [None] * len(paths)
-        from .latency import measure_side_by_side
-
-        threads = self.table.setting.threads if self.table is not None else 1
-        return [timing.latency_ms for timing in measure_side_by_side(paths, threads=threads)]
-
-
-def _of_file(check: ExportCheck) -> dict[str, Any]:
-    return {"size_mb": check.size_mb, "onnx_max_abs_difference": check.max_abs_difference}
 
 
 def verdict(budget: Budget, base: Mapping[str, Any], plan: PruningPlan, final: Mapping[str, Any]) -> dict[str, Any]:

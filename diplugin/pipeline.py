@@ -144,7 +144,7 @@ def compress(
                 split = split_holdout(loader, holdout, seed)
                 inputs = tuple(x.to(device_of(model)) if isinstance(x, torch.Tensor) else x for x in example_inputs)
                 judged = split.holdout if test_loader is None else GuardedLoader(test_loader)
-                measure = Measure(judged, inputs, latency_table, get_labels, forward)
+                measure = Measure(judged, inputs, latency_table, get_labels, forward, Path(scratch) / "unpruned.onnx")
                 run = _Run(folder, asked, model, split, measure, test_loader is not None, tell or (lambda _: None))
                 result = run.result()
         except DipluginError:
@@ -176,7 +176,7 @@ class _Run:
         pruned, plan = self.shrink(job, scores)
         if self.asked.recovery is not None:
             pruned = self.recover(job, pruned, plan, self.asked.recovery)
-        self.export(pruned, base, plan)
+        self.export(pruned, plan)
         quantized = self.quantize(pruned, base) if self.asked.bits is not None else None
         self.finish(plan)
         return CompressionResult(pruned.eval(), plan, self.metrics, self.folder.path, scores, quantized)
@@ -237,13 +237,13 @@ class _Run:
     def _epoch(self, report: EpochReport) -> None:
         self.tell(f"epoch {report.epoch} of {report.epochs}: loss {report.loss:.3f}")
 
-    def export(self, pruned: nn.Module, base: nn.Module, plan: PruningPlan) -> None:
+    def export(self, pruned: nn.Module, plan: PruningPlan) -> None:
+        path = self.folder.path / ONNX
         with self.stage("export"):
             save_pruned(pruned, plan, self.folder.path)
-            after, before = self.measure.exported_beside(pruned, self.folder.path / ONNX, base)
-            self.final.update(after)
-            self.metrics["base"].update(before)
-        before, after = self.metrics["base"].get("latency_ms_measured"), self.final.get("latency_ms_measured")
+            self.final.update(self.measure.exported(pruned, path))
+            before, after = self.measure.timed(self.measure.unpruned, path)
+            self.metrics["base"]["latency_ms_measured"], self.final["latency_ms_measured"] = before, after
         if before and after and after > CLEARLY_SLOWER * before:
             self.tell(
                 f"slower than unpruned on this machine, {after:.2f} ms against {before:.2f}: its runtime likes "

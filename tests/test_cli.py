@@ -79,7 +79,8 @@ def refused(
     """Runs `compress` with one thing wrong; gives back the message once code, form and folder are checked."""
 
     # None of these runs gets as far as a result: exporting the unpruned network would be most of their time.
-    monkeypatch.setattr("diplugin.measurements.Measure.exported", lambda *_: {"latency_ms_measured": None})
+    monkeypatch.setattr("diplugin.measurements.Measure.exported", lambda *_: {"size_mb": 0.1})
+    monkeypatch.setattr("diplugin.measurements.Measure.timed", lambda _, *paths: [None] * len(paths))
 
     def run(*, exit_code: int = 2, **changes: str) -> str:
         options = {"model": f"{code}:Net", "data": f"{code}:data", "example-shape": "1,3,8,8", "budget": "macs=0.5",
@@ -227,8 +228,8 @@ def test_a_run_folder_that_is_torn(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_structure_distillation(
     code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diplugin.measurements.Measure.exported", lambda *_: {"latency_ms_measured": None})
-    monkeypatch.setattr("diplugin.measurements.Measure.exported_beside", lambda *_: ({"size_mb": 0.1}, {}))
+    monkeypatch.setattr("diplugin.measurements.Measure.exported", lambda *_: {"size_mb": 0.1})
+    monkeypatch.setattr("diplugin.measurements.Measure.timed", lambda _, *paths: [None] * len(paths))
     argv = ["compress", f"{code}:Net", f"{code}:data", "--example-shape=1,3,8,8", "--budget=macs=0.6", "--epochs=1",
             "--search=exact", "--strategy=structure-distillation", "--steps=2",
             f"--out={tmp_path / 'run'}"]  # fmt: skip

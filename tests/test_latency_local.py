@@ -10,19 +10,10 @@ import torch
 from torch import nn
 
 from diplugin.costs.latency import LatencyCost
-from diplugin.errors import ModelError, TableError
-from diplugin.latency import (
-    OnnxTiming,
-    Protocol,
-    measure_onnx,
-    measure_side_by_side,
-    onnx_timing,
-    profile_here,
-)
-from diplugin.latency.graphs import export_bytes
+from diplugin.errors import TableError
+from diplugin.latency import OnnxTiming, Protocol, profile_here
 from diplugin.latency.local import is_this_machine
 from diplugin.latency.noted import note_measurement
-from diplugin.latency.onnx_timing import measure_apart
 from diplugin.network import trace_network
 from diplugin.tables import Calibration, LatencyTable
 
@@ -56,41 +47,6 @@ def test_a_profile_of_this_machine_predicts_and_loads_again(tmp_path: Path) -> N
     table = replace(table, calibration=Calibration(1.5, 0.1, 11, 0.0, 0.0, 1.0))  # nets this small need not fit a line
     cost = LatencyCost(trace_network(model, INPUTS), table)
     assert cost.base == pytest.approx(1.5 * table.nets[0].sum_ms + 0.1)
-
-
-def test_a_finished_file_is_timed(tmp_path: Path) -> None:
-    path = tmp_path / "net.onnx"
-    path.write_bytes(export_bytes(net(), INPUTS, ["x"]))
-    timing = measure_onnx(path, protocol=QUICK)
-    assert 0 < timing.latency_ms == timing.cpu_ms and timing.peak_memory_mb is None
-    assert measure_onnx(path, threads=2, protocol=QUICK).latency_ms > 0
-
-
-def test_files_side_by_side_each_get_their_own_time(tmp_path: Path) -> None:
-    small, large = tmp_path / "small.onnx", tmp_path / "large.onnx"
-    small.write_bytes(export_bytes(net(), INPUTS, ["x"]))
-    large.write_bytes(export_bytes(torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 7, padding=3) for _ in range(40))),
-                                   (torch.zeros(1, 3, 64, 64),), ["x"]))  # fmt: skip
-    first, second, again = measure_side_by_side([small, large, small], protocol=QUICK)
-    assert first == again and 0 < first.latency_ms < second.latency_ms
-
-
-def test_a_process_of_its_own_tells_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_timing, "WHOLE_NET", QUICK)
-    path = tmp_path / "net.onnx"
-    path.write_bytes(export_bytes(net(), INPUTS, ["x"]))
-    timing = measure_apart(path)
-    assert timing.latency_ms > 0 and timing.peak_memory_mb is not None and timing.peak_memory_mb > 5
-
-
-@pytest.mark.parametrize("content", [None, b"", b"no onnx at all"])
-def test_a_file_that_does_not_load_is_one_line(content: bytes | None, tmp_path: Path) -> None:
-    path = tmp_path / "bad.onnx"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"bad\.onnx") as error:
-        measure_onnx(path)
-    assert "\n" not in str(error.value)
 
 
 def test_a_journal_of_other_work_is_refused(tmp_path: Path) -> None:

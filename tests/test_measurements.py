@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,14 @@ from diplugin.groups import remove_channels
 from diplugin.measurements import Measure, finite, verdict, versions
 from diplugin.network import trace_network
 from diplugin.plan import PlannedCost, PruningPlan
+
+MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
+
+
+def measure_of(inputs: tuple[Tensor, ...], folder: Path) -> Measure:
+    """Judged on four images of the inputs' shape."""
+    batches = [(torch.randn(4, *inputs[0].shape[1:]), torch.zeros(4, dtype=torch.long))]
+    return Measure(batches, inputs, None, labels_of, forward_inputs, folder / "unpruned.onnx")
 
 
 def plan_with(**costs: tuple[float, float]) -> PruningPlan:
@@ -42,23 +49,24 @@ def test_a_fraction_of_latency_is_of_the_unpruned_networks_as_measured() -> None
     assert verdict(budget, {"latency_ms_measured": None}, plan, {})["asked"] == 5.0
 
 
-def test_both_networks_are_timed_for_the_same_table(make_net: Callable[..., tuple[nn.Module, tuple[Tensor, ...]]],
-                                                    tmp_path: Path) -> None:  # fmt: skip
+def test_both_networks_are_timed(tmp_path: Path, make_net: MakeNet) -> None:
     model, inputs = make_net("residual")
-    pruned = copy.deepcopy(model)
-    remove_channels(pruned, inputs, {trace_network(pruned, inputs).prunable[0].name: [0, 1]})
-    measure = Measure([], inputs, None, labels_of, forward_inputs)
-    after, before = measure.exported_beside(pruned, tmp_path / "model.onnx", model)
-    assert after["latency_ms_measured"] > 0 < before["latency_ms_measured"]
-    assert after["size_mb"] == pytest.approx((tmp_path / "model.onnx").stat().st_size / 1e6)
+    measure = measure_of(inputs, tmp_path)
+    figures = measure.base(model, [])
+    assert figures["latency_ms_measured"] > 0
+    remove_channels(model, inputs, {trace_network(model, inputs).prunable[0].name: [0, 1]})
+    path = tmp_path / "model.onnx"
+    assert measure.exported(model, path)["size_mb"] == pytest.approx(path.stat().st_size / 1e6)
+    before, after = measure.timed(measure.unpruned, path)
+    assert before is not None and after is not None and before > 0 < after
+    assert path.stat().st_size < measure.unpruned.stat().st_size
 
 
-def test_costs_are_counted_on_the_cut_network(make_net: Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]) -> None:
+def test_costs_are_counted_on_the_cut_network(tmp_path: Path, make_net: MakeNet) -> None:
     model, inputs = make_net("residual")
     group = trace_network(model, inputs).prunable[0]
     remove_channels(model, inputs, {group.name: [0, 1]})
-    batches = [(torch.randn(4, *inputs[0].shape[1:]), torch.zeros(4, dtype=torch.long))]
-    figures = Measure(batches, inputs, None, labels_of, forward_inputs).pruned(model, plan_with(macs=(1.0, 1.0)))
+    figures = measure_of(inputs, tmp_path).pruned(model, plan_with(macs=(1.0, 1.0)))
     assert figures["params"] == sum(p.numel() for p in model.parameters())
     assert 0 <= figures["accuracy"] <= 1 and figures["latency_ms_predicted"] is None
 

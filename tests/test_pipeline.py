@@ -93,7 +93,7 @@ def test_a_network_that_got_slower_is_told_so(
     """Smaller is not faster where a runtime does not like the widths; a user who asked for MACs must hear of it."""
     for after, before, heard in ((2.0, 1.0, True), (1.0, 1.0, False), (2.0, 2.0, False), (None, None, False)):
         said = list[str]()  # unpruned at first, then both in turns, in a minute that may be slower
-        monkeypatch.setattr(Measure, "_times", lambda _, *paths, t=(after, before): [1.0] if len(paths) == 1 else [*t])
+        monkeypatch.setattr(Measure, "timed", lambda _, *paths, t=(before, after): [1.0] if len(paths) == 1 else [*t])
         result = compress(trained, loader, out=tmp_path / f"{after} {before}", tell=said.append)
         assert any("slower than unpruned" in line for line in said) == heard
         assert result.metrics["base"]["latency_ms_measured"] == before

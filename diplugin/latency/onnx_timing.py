@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, TableError
+from ..errors import ModelError, TableError, first_line
 from . import device
 from .local import run_bundle
 from .plan import ProfilePlan, Protocol, runtime_setting
@@ -81,8 +81,7 @@ def _add_file(plan: ProfilePlan, path: Path) -> str:
         inputs = [[x.name, [d if isinstance(d, int) else 1 for d in x.shape], _numpy_type(x.type)]
                   for x in session.get_inputs()]  # fmt: skip
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"expected an ONNX file that loads, got {str(path)!r}: {reason}") from None
+        raise ModelError(f"expected an ONNX file that loads, got {str(path)!r}: {first_line(error)}") from None
     return plan.add("net", (blob, inputs), {"name": path.name, "keys": []})
 
 

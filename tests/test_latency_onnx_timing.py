@@ -1,0 +1,66 @@
+"""Finished ONNX files, timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from diplugin.errors import ModelError
+from diplugin.latency import ProfilePlan, Protocol, measure_onnx, measure_side_by_side, onnx_timing
+from diplugin.latency.graphs import export_bytes
+from diplugin.latency.onnx_timing import measure_apart
+
+QUICK = Protocol(rounds=3, runs=3, min_runs=1, round_ms=0.5, warmup_ms=0.0, patience=1, gap_ms=0.0, pause_s=0.0)
+
+
+def written(path: Path, layers: int = 1, size: int = 8) -> Path:
+    """An ONNX file of so many 7x7 convolutions on images of this size."""
+    net = nn.Sequential(*(nn.Conv2d(3, 3, 7, padding=3) for _ in range(layers)))
+    path.write_bytes(export_bytes(net, (torch.zeros(1, 3, size, size),), ["x"]))
+    return path
+
+
+def test_a_finished_file_is_timed(tmp_path: Path) -> None:
+    path = written(tmp_path / "net.onnx")
+    timing = measure_onnx(path, protocol=QUICK)
+    assert 0 < timing.latency_ms == timing.cpu_ms and timing.peak_memory_mb is None
+    assert measure_onnx(path, threads=2, protocol=QUICK).latency_ms > 0
+
+
+def test_files_side_by_side_each_get_their_own_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = list[ProfilePlan]()
+
+    def device(plan: ProfilePlan, _: Path) -> SimpleNamespace:
+        """A device on which every byte of a file takes a millisecond."""
+        runs.append(plan)
+        sizes = {job.id: float(len(plan.blob(job.blob))) for job in plan.jobs}
+        return SimpleNamespace(
+            rows={k: {"cpu_ms": v, "wall_ms": v, "cv": 0.0, "peak_mb": 1.0} for k, v in sizes.items()}
+        )
+
+    monkeypatch.setattr(onnx_timing, "run_bundle", device)
+    paths = [written(tmp_path / f"{layers}.onnx", layers) for layers in (1, 3, 2)]
+    timings = measure_side_by_side([*paths, paths[0]])
+    assert [t.latency_ms for t in timings] == [p.stat().st_size for p in (*paths, paths[0])]
+    assert len(runs) == 1
+
+
+def test_a_process_of_its_own_tells_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_timing, "WHOLE_NET", QUICK)
+    path = written(tmp_path / "net.onnx")
+    timing = measure_apart(path)
+    assert timing.latency_ms > 0 and timing.peak_memory_mb is not None and timing.peak_memory_mb > 5
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no onnx at all"])
+def test_a_file_that_does_not_load_is_one_line(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "bad.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"bad\.onnx") as error:
+        measure_onnx(path)
+    assert "\n" not in str(error.value)
