@@ -11,6 +11,7 @@ Either way all of them raise the same message. `one_voice` is for commands: the 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -153,6 +154,9 @@ def process_group() -> Iterator[Team]:
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # Its functions have the group of the moment of their import as a default, and torch imports them late, with the
+    # compiler: then `destroy_process_group` would close nothing, and who waits for this process would go on waiting.
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         if gpus:
             torch.cuda.set_device(local % gpus)

@@ -61,11 +61,35 @@ with process_group() as team:
     assert len(done) == 1 - team.rank
 """
 
+STOPPED = """
+import sys, torch
+import torch.distributed as dist
+from diplugin.team import one_voice
+try:
+    with one_voice() as team:
+        import torch._dynamo  # as an optimizer does, long after the processes have met
+        messages = dist.distributed_c10d._get_default_store()
+        if team.rank == 0:
+            raise ValueError("enough")
+        team.sum([torch.ones(2)])
+except ValueError as error:
+    print(error, "read by all" if messages.check(["diplugin/left/1"]) else "unread")
+    sys.exit(1)
+"""
+
 
 @pytest.mark.slow
 def test_what_is_exchanged(processes: Processes) -> None:
     for done in processes(EXCHANGE, 2):
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_first_process_leaves_when_the_others_have_read_why(processes: Processes) -> None:
+    first, second = processes(STOPPED, 2)
+    assert (first.returncode, first.stdout) == (1, "enough read by all\n")
+    assert second.returncode
+    assert not second.stdout + second.stderr
 
 
 @pytest.mark.slow
