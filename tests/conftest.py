@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,16 @@ import torch.nn.functional as F
 from hypothesis import settings
 from torch import Tensor, nn
 
+from diplugin.latency import Protocol
+
 # For the examples and benchmarks; last, so that an installed diplugin is the one that is tested.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("diplugin", deadline=None)
 settings.load_profile("diplugin")
+
+BRIEF = Protocol(rounds=2, round_ms=1.0, warmup_ms=1.0, patience=1, gap_ms=0.0, pause_s=0.0, pauses=0)
 
 
 class Residual(nn.Module):
@@ -250,6 +255,15 @@ def processes(tmp_path: Path) -> Callable[..., list[subprocess.CompletedProcess[
         return [subprocess.CompletedProcess(p.args, p.returncode, out, err) for p, out, err in ended]
 
     return run
+
+
+@pytest.fixture
+def brief_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a whole run times is timed for an instant: a busy machine would repeat it for a minute, of no use here."""
+    import diplugin.latency
+
+    timed = partial(diplugin.latency.measure_side_by_side, protocol=BRIEF)
+    monkeypatch.setattr(diplugin.latency, "measure_side_by_side", timed)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def data():
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch, brief_timing):
     (tmp_path / "tiny_for_bits.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(str(tmp_path))
     import tiny_for_bits

@@ -22,6 +22,8 @@ from diplugin.onnx_inference import run_onnx
 from diplugin.recovery import FineTuning, Recalibrate, train
 from diplugin.search import ExactSearch
 
+pytestmark = pytest.mark.usefixtures("brief_timing")
+
 CLASSES = 4
 HALF = diplugin.Budget("macs", fraction=0.5)
 
