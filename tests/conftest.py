@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from hypothesis import settings
 from torch import Tensor, nn
 
-from diplugin.latency import Protocol
+from diplugin import latency
 
 # For the examples and benchmarks; last, so that an installed diplugin is the one that is tested.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 settings.register_profile("diplugin", deadline=None)
 settings.load_profile("diplugin")
 
-BRIEF = Protocol(rounds=2, round_ms=1.0, warmup_ms=1.0, patience=1, gap_ms=0.0, pause_s=0.0, pauses=0)
+BRIEF = latency.Protocol(rounds=2, round_ms=1.0, warmup_ms=1.0, patience=1, gap_ms=0.0, pause_s=0.0, pauses=0)
 
 
 class Residual(nn.Module):
@@ -260,10 +260,8 @@ def processes(tmp_path: Path) -> Callable[..., list[subprocess.CompletedProcess[
 @pytest.fixture
 def brief_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a whole run times is timed for an instant: a busy machine would repeat it for a minute, of no use here."""
-    import diplugin.latency
-
-    timed = partial(diplugin.latency.measure_side_by_side, protocol=BRIEF)
-    monkeypatch.setattr(diplugin.latency, "measure_side_by_side", timed)
+    timed = partial(latency.measure_side_by_side, protocol=BRIEF)
+    monkeypatch.setattr(latency, "measure_side_by_side", timed)
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ def test_a_fraction_of_latency_is_of_the_unpruned_networks_as_measured() -> None
     assert verdict(budget, {"latency_ms_measured": None}, plan, {})["asked"] == 5.0
 
 
+@pytest.mark.usefixtures("brief_timing")
 def test_both_networks_are_timed(tmp_path: Path, make_net: MakeNet) -> None:
     model, inputs = make_net("residual")
     measure = measure_of(inputs, tmp_path)

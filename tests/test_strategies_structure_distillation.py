@@ -38,8 +38,6 @@ from diplugin.search import FixedScores, greedy_search
 from diplugin.strategies import Geometric, Linear, StructureDistillation
 from diplugin.tables import Alignment, Calibration, Entry, LatencyTable, Setting
 
-pytestmark = pytest.mark.usefixtures("brief_timing")
-
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
 CLASSES, INPUTS = 4, (torch.zeros(1, 1, 8, 8),)
 HALF = diplugin.Budget("macs", fraction=0.4)
