@@ -40,12 +40,14 @@ from diplugin.costs import macs
 from diplugin.groups import ChannelGroup
 from diplugin.plan import PlannedCost, PruningPlan
 from diplugin.recovery import Cut, Reconstruct
+from diplugin.strategies import MeasuredWidths
 
 CALIBRATION = 1_500
 SHORT = {"net": "resnet20", "fractions": (0.5, 0.3), "recipe": Recipe()}
 LONG = {"net": "resnet56", "fractions": (1 / 2.11, 1 / 2.6),
         "recipe": Recipe(epochs=100, images=45_000 - CALIBRATION, lr=0.01, milestones=(60, 80))}  # fmt: skip
 LEAD = 0.5
+MEASURED = Compress("DI, measured widths", measured=MeasuredWidths())
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ def main() -> None:
     read = {"test": data.judge, "holdout": data.holdout, "unfamiliar": data.unfamiliar}[args.judge]
     judged = read(1_000) if args.quick else read()
     book = Notebook(args.json, (*setting.key, "contender", "target", "seed"))
-    contenders = list(chosen([*default_contenders(compress=False), ReconstructedL2(), Compress()], args.only))
+    contenders = list(chosen([*default_contenders(compress=False), ReconstructedL2(), Compress(), MEASURED], args.only))
     if args.workers > 1 and args.worker is None:
         share_out(args.workers)
         book = Notebook(args.json, book.keys)

@@ -11,7 +11,6 @@ import argparse
 import copy
 import fcntl
 import json
-import math
 import os
 import sys
 import time
@@ -28,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diplugin.contenders import Case, Contender
+from diplugin.disguise import disguised
 from diplugin.network import trace_network
 from diplugin.recovery.losses import teacher_loss
 from diplugin.sources import flip_and_shift
@@ -76,7 +76,7 @@ class Data:
     def unfamiliar(self, images: int = HOLDOUT) -> Batches:
         """The holdout as nobody has seen it: turned by up to 20°, scaled by up to a fifth, lighter or darker."""
         draw = torch.Generator().manual_seed(0)
-        return [(disguised(x, draw), y) for x, y in self.holdout(images)]
+        return [(disguised(x, draw, flip=True), y) for x, y in self.holdout(images)]
 
     def judge(self, images: int | None = None) -> Batches:
         """Test images."""
@@ -98,20 +98,6 @@ def normalised(x: Tensor) -> Tensor:
     """ImageNet's mean and deviation, which these weights were trained with."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (x.float() / 255 - mean) / std
-
-
-def disguised(
-    x: Tensor, draw: torch.Generator, turn: float = math.pi / 9, scale: float = 0.2, light: float = 0.3
-) -> Tensor:
-    """Images [N, C, H, W], each turned, scaled, flipped and lit as drawn; mirrored at the edges."""
-    strength = torch.tensor([[turn], [scale], [light], [light]])
-    angle, size, gain, shift = strength * (2 * torch.rand(4, len(x), generator=draw) - 1)
-    flip = 1 - 2 * (torch.rand(len(x), generator=draw) < 0.5).float()
-    cos, sin, zero = angle.cos() * (1 + size), angle.sin() * (1 + size), torch.zeros(len(x))
-    maps = torch.stack([flip * cos, -sin, zero, flip * sin, cos, zero], 1).view(-1, 2, 3)
-    grid = F.affine_grid(maps, list(x.shape), align_corners=False)
-    seen = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    return seen * (1 + gain).view(-1, 1, 1, 1) + shift.view(-1, 1, 1, 1)
 
 
 def _batches(x: Tensor, y: Tensor, first: int, count: int) -> Batches:

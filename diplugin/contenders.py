@@ -23,8 +23,10 @@ from .dependency import dependency_graph
 from .errors import InfeasibleBudget
 from .features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
 from .network import NetworkTrace
+from .plan import PruningPlan
 from .recovery import recalibrate_batchnorm
-from .strategies import OneShot
+from .scoring import GroupScores
+from .strategies import CutLoss, Descent, MeasuredWidths, OneShot
 
 #: Steps of the bisection on torch-pruning's ratio: its thresholds lie closer than this only by chance.
 _BISECTIONS = 14
@@ -209,15 +211,18 @@ def drop_in(name: str, global_pruning: bool, **options: Any) -> Criterion:
 
 @dataclass(frozen=True)
 class Compress:
-    """What `compress` does without a gradient step: greedy search, then the repair that the holdout likes best."""
+    """What `compress` does without a gradient step: greedy search, then the repair that the holdout likes best.
+
+    Attributes:
+        measured: corrects the widths by what cut networks lose; None leaves them to DI alone.
+    """
 
     name: str = "DI, compress"
     strategy: OneShot = field(default_factory=OneShot)
+    measured: MeasuredWidths | None = None
 
     def prune(self, case: Case, fractions: Sequence[float]) -> dict[float, nn.Module | None]:
-        strategy = self.strategy
-        costs: list[Any] = [macs(case.trace)]
-        scores = strategy.score(case.model, case.images, case.trace)
+        scores = self.strategy.score(case.model, case.images, case.trace)
         judged = case.holdout if case.holdout is not None else case.images
 
         def judge(model: nn.Module) -> float:
@@ -226,12 +231,21 @@ class Compress:
         pruned: dict[float, nn.Module | None] = {}
         for fraction in fractions:
             try:
-                plan = strategy.search(case.trace, scores, costs, [Budget("macs", fraction=fraction)])
+                plan = self._plan(case, scores, judged, Budget("macs", fraction=fraction))
             except InfeasibleBudget:
                 pruned[fraction] = None
                 continue
-            pruned[fraction] = strategy.carve(case.model, case.images, case.trace, plan, judge)[0].eval()
+            pruned[fraction] = self.strategy.carve(case.model, case.images, case.trace, plan, judge)[0].eval()
         return pruned
+
+    def _plan(self, case: Case, scores: GroupScores, judged: Iterable[Any], budget: Budget) -> PruningPlan:
+        once, costs = self.strategy, [macs(case.trace)]
+        losses = once.losses(case.trace, scores)
+        if self.measured is None:
+            return once.plan(case.trace, losses, costs, [budget])
+        loss_of = CutLoss(case.model, case.trace, case.images, judged, case.get_labels, case.forward,
+                          self.measured.fitted)  # fmt: skip
+        return Descent(self.measured, once, losses, costs, loss_of).plan([budget])
 
 
 def default_contenders(*, compress: bool = True) -> list[Contender]:

@@ -23,6 +23,7 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from diplugin import latency
+from diplugin.measurements import Measure
 
 # For the examples and benchmarks; last, so that an installed diplugin is the one that is tested.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -262,6 +263,15 @@ def brief_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a whole run times is timed for an instant: a busy machine would repeat it for a minute, of no use here."""
     timed = partial(latency.measure_side_by_side, protocol=BRIEF)
     monkeypatch.setattr(latency, "measure_side_by_side", timed)
+
+
+@pytest.fixture(scope="module")
+def nothing_is_exported() -> Iterator[None]:
+    """ONNX files are other tests' affair, and take seconds each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Measure, "exported", lambda *_: {"size_mb": 0.1})
+        patch.setattr(Measure, "timed", lambda _, *paths: [None] * len(paths))
+        yield
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -160,7 +161,8 @@ def test_example_shapes(refused: Callable[..., str], shape: str) -> None:
     "option",
     [{"epochs": "-1"}, {"epochs": "2", "lr": "0"}, {"epochs": "2", "lr": "nan"}, {"rho": "0"}, {"rho": "nan"},
      {"floor": "1.5"}, {"floor": "nan"}, {"images": "1"}, {"bits": "size_mb=0"}, {"bits": "speed=1"},
-     {"weights": "none.safetensors"}, {"table": "none.json"}, {"steps": "2"},
+     {"weights": "none.safetensors"}, {"table": "none.json"}, {"steps": "2"}, {"rounds": "2"},
+     {"strategy": "measured-widths", "steps": "2"}, {"strategy": "structure-distillation", "rounds": "2"},
      {"strategy": "structure-distillation", "step-epochs": "-1"}],
     ids=str,
 )  # fmt: skip
@@ -237,6 +239,19 @@ def test_structure_distillation(
     said = capsys.readouterr().out
     assert "step 2 of 2: macs" in said and "after the lesson" in said
     assert "Step by step" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_measured_widths(
+    code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diplugin.measurements.Measure.exported", lambda *_: {"size_mb": 0.1})
+    monkeypatch.setattr("diplugin.measurements.Measure.timed", lambda _, *paths: [None] * len(paths))
+    argv = ["compress", f"{code}:Net", f"{code}:data", "--example-shape=1,3,8,8", "--budget=macs=0.6", "--epochs=0",
+            "--strategy=measured-widths", "--rounds=1", f"--out={tmp_path / 'run'}"]  # fmt: skip
+    assert main(argv) == 0
+    assert "widths measured, round 1 of 1: loss" in capsys.readouterr().out
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["strategy"]["kind"] == "MeasuredWidths" and config["strategy"]["rounds"] == 1
 
 
 # --- the shell of it ---

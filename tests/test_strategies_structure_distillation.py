@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from diplugin.search import FixedScores, greedy_search
 from diplugin.strategies import Geometric, Linear, StructureDistillation
 from diplugin.tables import Alignment, Calibration, Entry, LatencyTable, Setting
 
+pytestmark = pytest.mark.usefixtures("nothing_is_exported")
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
 CLASSES, INPUTS = 4, (torch.zeros(1, 1, 8, 8),)
 HALF = diplugin.Budget("macs", fraction=0.4)
@@ -51,15 +52,6 @@ def bars(images: int, seed: int) -> TensorDataset:
     for i, label in enumerate(labels.tolist()):
         x[i, 0, 2 * label : 2 * label + 2] += 1.0
     return TensorDataset(x, labels)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nothing_is_exported() -> Iterator[None]:
-    """ONNX files are other tests' affair, and take seconds each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Measure, "exported", lambda *_: {"size_mb": 0.1})
-        patch.setattr(Measure, "timed", lambda _, *paths: [None] * len(paths))
-        yield
 
 
 class Net(nn.Module):

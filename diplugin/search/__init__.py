@@ -1,9 +1,11 @@
-"""Widths of all channel groups under budgets: greedily in a second, or as an integer program."""
+"""Widths of all channel groups under budgets: greedily in a second, as an integer program, or by measured losses."""
 
 from .curves import FixedScores, LossCurve, Scorer, first_order_curve
 from .exact import ExactSearch
 from .greedy import GreedySearch, greedy_search
-from .problem import Search, SearchLimits
+from .measured import measured_plan
+from .problem import Search, SearchLimits, allowed_widths
+from .proportions import nearest, plan_at, widest
 
 __all__ = [
     "ExactSearch",
@@ -13,6 +15,11 @@ __all__ = [
     "Scorer",
     "Search",
     "SearchLimits",
+    "allowed_widths",
     "first_order_curve",
     "greedy_search",
+    "measured_plan",
+    "nearest",
+    "plan_at",
+    "widest",
 ]

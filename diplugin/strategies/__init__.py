@@ -2,14 +2,18 @@
 
 from .clock import search_by_clock
 from .job import Job, Shrunk
+from .measured_widths import CutLoss, Descent, MeasuredWidths
 from .one_shot import OneShot, Strategy, first_images
 from .schedules import Geometric, Linear, Schedule
 from .structure_distillation import StructureDistillation
 
 __all__ = [
+    "CutLoss",
+    "Descent",
     "Geometric",
     "Job",
     "Linear",
+    "MeasuredWidths",
     "OneShot",
     "Schedule",
     "Shrunk",

@@ -91,7 +91,10 @@ class OneShot:
 
     def shrink(self, job: Job, scores: GroupScores) -> Shrunk:
         """The whole strategy: one plan for all budgets, and the network cut by it."""
-        plan = job.plan(lambda budgets: self.search(job.trace, scores, job.costs, budgets))
+        return self.carry_out(job, job.plan(lambda budgets: self.search(job.trace, scores, job.costs, budgets)))
+
+    def carry_out(self, job: Job, plan: PruningPlan) -> Shrunk:
+        """The job's network, cut by a plan and repaired."""
         job.tell(f"planned: {shares(plan)} of the unpruned network" + (f"; {plan.found_by}" if plan.found_by else ""))
         with job.stage("cut"):
             model, verdicts = self.carve(job.model, job.split.scoring, job.trace, plan, job.judge)

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..costs import Budget, CostModel
 from ..errors import BudgetError, InfeasibleBudget
 from ..network import NetworkTrace
-from ..plan import PlannedCost, PruningPlan
-from ..search import FixedScores, SearchLimits, first_order_curve, greedy_search
+from ..plan import PruningPlan
+from ..search import FixedScores, SearchLimits, allowed_widths, greedy_search, nearest, plan_at
 
 #: How finely the common depth of all stages is tried, up to where the deepest is gone and up to where all are.
 _STEPS = 400
@@ -93,11 +93,11 @@ def staged_plan(
         greedy = Budget(budget.cost, limit=first)
         start = greedy_search(trace, FixedScores(trace.prunable, scores), costs, [greedy], SearchLimits(floor)).widths
     depth = {name: d for names, d in zip(stages, cut.depths, strict=True) for name in names}
+    grids = {g.name: allowed_widths(g, [model], SearchLimits(floor)) for g in trace.prunable}
     for share in _shares(cut.depths):
-        widths = {g.name: _width(trace, model, g.name, start[g.name] * (1 - share * depth[g.name]), floor)
-                  for g in trace.prunable}  # fmt: skip
+        widths = {name: nearest(grid, start[name] * (1 - share * depth[name])) for name, grid in grids.items()}
         if model.cost(widths) <= limit * (1 + 1e-12):
-            return _plan(trace, scores, costs, widths)
+            return plan_at(trace, scores, costs, widths)
     raise InfeasibleBudget(
         f"no depth meets {budget} with stages cut as {cut.depths}: at their floor they cost {model.cost(widths):.6g} "
         f"(asked {limit:.6g}); relax the budget, lower the floor of {floor:g} or cut other stages"
@@ -109,23 +109,3 @@ def _shares(depths: Sequence[float]) -> list[float]:
     deepest, shallowest = 1 / max(depths), 1 / min(d for d in depths if d > 0)
     rising = [deepest * step / _STEPS for step in range(_STEPS)]
     return [*rising, *(deepest + (shallowest - deepest) * step / _STEPS for step in range(_STEPS + 1))]
-
-
-def _width(trace: NetworkTrace, model: CostModel, group: str, wanted: float, floor: float) -> int:
-    """The allowed width nearest to a wanted one."""
-    channels, blocks = trace.by_name[group].channels, trace.by_name[group].blocks
-    grid = getattr(model, "allowed_widths", lambda _: None)(group) or range(blocks, channels + 1, blocks)
-    allowed = [w for w in grid if w >= floor * channels and w % blocks == 0] or [channels]
-    return min(allowed, key=lambda w: abs(w - wanted))
-
-
-def _plan(
-    trace: NetworkTrace, scores: Mapping[str, Tensor], costs: Sequence[CostModel], widths: Mapping[str, int]
-) -> PruningPlan:
-    kept = {}
-    for group in trace.prunable:
-        leave = (group.channels - widths[group.name]) // group.blocks
-        units = sorted(first_order_curve(group, scores[group.name]).order[leave:])
-        kept[group.name] = tuple(sorted(u + b * group.units for u in units for b in range(group.blocks)))
-    planned = {model.name: PlannedCost(model.base, model.cost(widths)) for model in costs}
-    return PruningPlan(kept, trace.base_widths, planned, trace.inputs)

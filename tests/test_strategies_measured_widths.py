@@ -1,0 +1,154 @@
+"""Measured widths: budgets met, losses that an independent cut loses too, and the same plan after a kill."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import diplugin
+from diplugin.costs import Budget, macs, params
+from diplugin.disguise import Disguised
+from diplugin.errors import InfeasibleBudget, UserError
+from diplugin.features import forward_inputs, labels_of
+from diplugin.network import trace_network
+from diplugin.plan import PruningPlan
+from diplugin.recovery import FineTuning, Reconstruction, reconstruct, train
+from diplugin.strategies import CutLoss, Descent, MeasuredWidths, OneShot
+from diplugin.surgery import apply_plan
+
+pytestmark = pytest.mark.usefixtures("nothing_is_exported")
+CLASSES, INPUTS, HALF = 4, (torch.zeros(1, 1, 8, 8),), Budget("macs", fraction=0.5)
+
+
+def bars(images: int, seed: int) -> TensorDataset:
+    """Images with a bright bar at one of four places, in noise."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, CLASSES, (images,), generator=draw)
+    x = 0.5 * torch.randn(images, 1, 8, 8, generator=draw)
+    for i, label in enumerate(labels.tolist()):
+        x[i, 0, 2 * label : 2 * label + 2] += 1.0
+    return TensorDataset(x, labels)
+
+
+class Net(nn.Module):
+    """A block with a shortcut, then a convolution and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn0 = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.a, self.bn1 = nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.b, self.bn2 = nn.Conv2d(16, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.c, self.head = nn.Conv2d(8, 12, 3, stride=2), nn.Linear(12 * 9, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn0(self.stem(x)).relu()
+        x = (x + self.bn2(self.b(self.bn1(self.a(x)).relu()))).relu()
+        return self.head(self.c(x).relu().flatten(1))
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    torch.manual_seed(0)
+    return train(Net(), DataLoader(bars(400, 1), 50, shuffle=True), FineTuning(epochs=3, lr=0.05)).eval()
+
+
+@pytest.fixture(scope="module")
+def loader() -> DataLoader[Any]:
+    return DataLoader(bars(300, 1), batch_size=50)
+
+
+@pytest.fixture(scope="module")
+def loss_of(trained: nn.Module) -> CutLoss:
+    fitted, judged = DataLoader(bars(120, 1), 40), DataLoader(bars(100, 2), 30)
+    return CutLoss(trained, trace_network(trained, INPUTS), fitted, judged, labels_of, forward_inputs, 80, 70)
+
+
+def descent_of(loss_of: CutLoss, rounds: int = 2) -> Descent:
+    once = OneShot()
+    scores = once.score(loss_of.model, loss_of.images, loss_of.trace)
+    costs = [macs(loss_of.trace), params(loss_of.trace)]
+    return Descent(MeasuredWidths(rounds), once, once.losses(loss_of.trace, scores), costs, loss_of)
+
+
+def test_the_loss_is_what_a_cut_and_refitted_network_loses_on_disguised_images(loss_of: CutLoss) -> None:
+    plan = descent_of(loss_of).once.search(loss_of.trace, OneShot().score(loss_of.model, loss_of.images, loss_of.trace),
+                                           [macs(loss_of.trace)], [HALF])  # fmt: skip
+    small = apply_plan(copy.deepcopy(loss_of.model), plan)
+    first = [tuple(t[:80] for t in bars(120, 1).tensors)]
+    reconstruct(small, loss_of.model, first, loss_of.trace, plan, Reconstruction(images=80))
+    judged = DataLoader(TensorDataset(*(t[:70] for t in bars(100, 2).tensors)), 30)
+    with torch.no_grad():
+        losses = torch.cat([F.cross_entropy(small.eval()(x), y, reduction="none") for x, y in Disguised(judged)])
+    assert len(losses) == 70
+    assert loss_of(plan) == pytest.approx(float(losses.mean()), rel=1e-4)
+    assert loss_of(plan) == loss_of(plan), "the same each time, or trials could not be compared"
+
+
+def test_the_plan_loses_no_more_than_that_by_di_alone_and_costs_what_the_cut_network_does(loss_of: CutLoss) -> None:
+    descent = descent_of(loss_of)
+    plan, alone = descent.plan([HALF]), descent.once.plan(loss_of.trace, descent.losses, descent.costs, [HALF])
+    assert loss_of(plan) <= loss_of(alone)
+    small = trace_network(apply_plan(copy.deepcopy(loss_of.model), plan), INPUTS)
+    assert plan.costs["macs"].predicted == macs(small).base <= 0.5 * macs(loss_of.trace).base
+    assert plan.costs["params"].predicted == params(small).base
+    for group in loss_of.trace.prunable:
+        gone = set(range(group.channels)) - set(plan.kept[group.name])
+        worth = descent.losses[group.name]
+        assert max(worth[list(gone)], default=0) <= min(worth[list(plan.kept[group.name])]), "DI says who stays"
+    if plan.widths != alone.widths:
+        lost = sum(
+            float(descent.losses[n].sum()) - float(descent.losses[n][list(k)].sum()) for n, k in plan.kept.items()
+        )
+        assert plan.path[-1].loss == pytest.approx(lost, rel=1e-5)
+
+
+def test_asked_for_less_it_keeps_the_proportions_and_measures_nothing(loss_of: CutLoss) -> None:
+    """As the search by the clock asks, when a structure turns out slower than predicted."""
+    descent = descent_of(loss_of, rounds=1)
+    first = descent.plan([HALF])
+    descent.loss_of = CutLoss(nn.Identity(), loss_of.trace, [], [], labels_of, forward_inputs)
+    less = descent.plan([Budget("macs", fraction=0.4)])
+    assert less.costs["macs"].fraction <= 0.4
+    assert all(less.widths[name] <= width for name, width in first.widths.items())
+    shares = [less.widths[name] / width for name, width in first.widths.items()]
+    assert max(shares) - min(shares) < 0.35, "all of them give way"
+
+
+def test_a_whole_run_meets_its_budgets_and_ends_like_one_that_was_killed(
+    trained: nn.Module, loader: Any, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"example_inputs": INPUTS, "budgets": [HALF, Budget("params", fraction=0.6)],
+                                "strategy": diplugin.MeasuredWidths(rounds=1), "holdout": 0.2}  # fmt: skip
+    lines: list[str] = []
+    whole = diplugin.compress(trained, loader, out=tmp_path / "whole", tell=lines.append, **settings)
+    assert all(budget["met"] for budget in whole.metrics["budgets"])
+    assert sum(line.startswith("widths measured, round 1 of 1") for line in lines) == 1
+
+    class KilledError(Exception):
+        pass
+
+    def kill(line: str) -> None:
+        if line.startswith("widths measured"):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        diplugin.compress(trained, loader, out=tmp_path / "cut", tell=kill, **settings)
+    resumed = diplugin.compress(trained, loader, out=tmp_path / "cut", resume=True, **settings)
+    assert resumed.plan == whole.plan == PruningPlan.load(tmp_path / "cut" / "plan.json")
+    assert all(torch.equal(a, b) for a, b in zip(resumed.model.state_dict().values(),
+                                                 whole.model.state_dict().values(), strict=True))  # fmt: skip
+
+
+def test_numbers_out_of_range_and_budgets_out_of_reach(loss_of: CutLoss) -> None:
+    for settings in ({"rounds": 0}, {"fitted": 0}):
+        with pytest.raises(UserError, match="rounds and fitted of 1 or more"):
+            MeasuredWidths(**settings)
+    with pytest.raises(InfeasibleBudget, match="no structure within reach"):
+        descent_of(loss_of).plan([Budget("macs", fraction=0.001)])
