@@ -11,9 +11,12 @@ A killed run goes on where OUT ends, row by row; `--workers` deals the contender
 `--teacher .7` lets the unpruned network teach every contender, as `Distillation` does in the product by default.
 
 `L2, uniform, reconstructed` gives the structure of uniform widths and largest filter norms the refit that `compress`
-gives its own: what of our lead is selection and what is repair. Judged on test images. For choosing settings
-`--judge unfamiliar` reads training images held out of the fine-tuning and disguised, `--judge holdout` the same as they
-are, which the networks knew by heart before they were pruned: it favours whoever remembers more.
+gives its own; `DI, uniform, reconstructed` the same widths and the channels that `compress` ranks first. They tell what
+of our lead is widths, what ranks and what repair. `DI, measured widths` takes minutes for its widths before it trains.
+
+Judged on test images. For choosing settings `--judge unfamiliar` reads training images held out of the fine-tuning and
+disguised, `--judge holdout` the same as they are, which the networks knew by heart before they were pruned: it favours
+whoever remembers more.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,16 +41,15 @@ from diplugin.compare import count_macs
 from diplugin.contenders import Case, Compress, Contender, default_contenders
 from diplugin.costs import macs
 from diplugin.groups import ChannelGroup
-from diplugin.plan import PlannedCost, PruningPlan
 from diplugin.recovery import Cut, Reconstruct
-from diplugin.strategies import MeasuredWidths
+from diplugin.search import plan_at
+from diplugin.strategies import MeasuredWidths, OneShot
 
 CALIBRATION = 1_500
 SHORT = {"net": "resnet20", "fractions": (0.5, 0.3), "recipe": Recipe()}
 LONG = {"net": "resnet56", "fractions": (1 / 2.11, 1 / 2.6),
         "recipe": Recipe(epochs=100, images=45_000 - CALIBRATION, lr=0.01, milestones=(60, 80))}  # fmt: skip
 LEAD = 0.5
-MEASURED = Compress("DI, measured widths", measured=MeasuredWidths())
 
 
 @dataclass(frozen=True)
@@ -69,27 +71,42 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class ReconstructedL2:
-    """The same share of every group's channels, those of largest filter norm, then our refit; for comparison."""
+class Uniform:
+    """The same share of every group's channels, then our refit: what of our lead is widths, what is ranks and repair.
 
-    name: str = "L2, uniform, reconstructed"
+    Attributes:
+        worth: group name -> [channels] of a case; the largest stay.
+    """
+
+    name: str
+    worth: Callable[[Case], Mapping[str, torch.Tensor]]
 
     def prune(self, case: Case, fractions: Sequence[float]) -> dict[float, nn.Module | None]:
-        return {f: Reconstruct().repaired(Cut(case.model, case.images, case.trace, self._plan(case, f)))
-                for f in fractions}  # fmt: skip
+        worth, cost = self.worth(case), macs(case.trace)
+        plans = {f: plan_at(case.trace, worth, [cost], self._widths(case, f)) for f in fractions}
+        return {f: Reconstruct().repaired(Cut(case.model, case.images, case.trace, plan)) for f, plan in plans.items()}
 
-    def _plan(self, case: Case, fraction: float) -> PruningPlan:
+    def _widths(self, case: Case, fraction: float) -> dict[str, int]:
         cost, groups = macs(case.trace), case.trace.prunable
         for step in range(1000):
             widths = {g.name: max(1, round(g.channels * (1 - step / 1000))) for g in groups}
-            if cost.cost({**case.trace.base_widths, **widths}) <= fraction * cost.base:
+            if cost.cost(widths) <= fraction * cost.base:
                 break
-        kept = {g.name: tuple(sorted(_norms(case.model, g).topk(widths[g.name]).indices.tolist())) for g in groups}
-        planned = {"macs": PlannedCost(cost.base, cost.cost({**case.trace.base_widths, **widths}))}
-        return PruningPlan(kept, case.trace.base_widths, planned, case.trace.inputs)
+        return widths
 
 
-def _norms(model: nn.Module, group: ChannelGroup) -> torch.Tensor:
+def _norms(case: Case) -> dict[str, torch.Tensor]:
+    """Squared norms of every channel's filters, over all layers that write it."""
+    return {group.name: _squares(case.model, group) for group in case.trace.prunable}
+
+
+def _di(case: Case) -> dict[str, torch.Tensor]:
+    """What `compress` ranks channels by."""
+    once = OneShot()
+    return once.losses(case.trace, once.score(case.model, case.images, case.trace))
+
+
+def _squares(model: nn.Module, group: ChannelGroup) -> torch.Tensor:
     total = torch.zeros(group.channels)
     for member in group.side("out"):
         weight: Any = model.get_submodule(member.layer).weight
@@ -153,6 +170,15 @@ class Bench:
         same = {**self.setting.key, "seed": row["seed"], "network": row["network"]}
         return next(({k: other[k] for k in ("one_shot", "top1")} for other in self.book.rows
                      if same.items() <= other.items()), None)  # fmt: skip
+
+
+def contenders() -> list[Contender]:
+    """Everybody: torch-pruning's criteria, ours, and what sets widths, ranks and repair apart."""
+    return [
+        *default_contenders(compress=False), Uniform("L2, uniform, reconstructed", _norms),
+        Uniform("DI, uniform, reconstructed", _di), Compress(),
+        Compress("DI, measured widths", measured=MeasuredWidths()),
+    ]  # fmt: skip
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -245,13 +271,13 @@ def main() -> None:
     read = {"test": data.judge, "holdout": data.holdout, "unfamiliar": data.unfamiliar}[args.judge]
     judged = read(1_000) if args.quick else read()
     book = Notebook(args.json, (*setting.key, "contender", "target", "seed"))
-    contenders = list(chosen([*default_contenders(compress=False), ReconstructedL2(), Compress(), MEASURED], args.only))
+    wanted = list(chosen(contenders(), args.only))
     if args.workers > 1 and args.worker is None:
         share_out(args.workers)
         book = Notebook(args.json, book.keys)
     else:
         bench = Bench(setting, data, network(setting.net, args.weights), book, judged)
-        bench.run(contenders[args.worker or 0 :: args.workers], [int(seed) for seed in args.seeds.split(",")])
+        bench.run(wanted[args.worker or 0 :: args.workers], [int(seed) for seed in args.seeds.split(",")])
     if args.worker is None:
         print_table(book.rows, setting)
         targets = targets_of(book.rows, setting)
