@@ -12,7 +12,7 @@ A killed run goes on where OUT ends, row by row; `--workers` deals the contender
 
 `L2, uniform, reconstructed` gives the structure of uniform widths and largest filter norms the refit that `compress`
 gives its own; `DI, uniform, reconstructed` the same widths and the channels that `compress` ranks first. They tell what
-of our lead is widths, what ranks and what repair. `DI, measured widths` takes minutes for its widths before it trains.
+of our lead is widths, what ranks and what repair. `DI, measured cuts` takes minutes for its widths before it trains.
 
 Judged on test images. For choosing settings `--judge unfamiliar` reads training images held out of the fine-tuning and
 disguised, `--judge holdout` the same as they are, which the networks knew by heart before they were pruned: it favours
@@ -43,7 +43,7 @@ from diplugin.costs import macs
 from diplugin.groups import ChannelGroup
 from diplugin.recovery import Cut, Reconstruct
 from diplugin.search import plan_at
-from diplugin.strategies import MeasuredWidths, OneShot
+from diplugin.strategies import MeasuredCuts, OneShot
 
 CALIBRATION = 1_500
 SHORT = {"net": "resnet20", "fractions": (0.5, 0.3), "recipe": Recipe()}
@@ -177,7 +177,7 @@ def contenders() -> list[Contender]:
     return [
         *default_contenders(compress=False), Uniform("L2, uniform, reconstructed", _norms),
         Uniform("DI, uniform, reconstructed", _di), Compress(),
-        Compress("DI, measured widths", measured=MeasuredWidths()),
+        Compress("DI, measured cuts", measured=MeasuredCuts(), tell=print),
     ]  # fmt: skip
 
 

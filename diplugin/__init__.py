@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .scoring import score_groups as score_groups
     from .search import ExactSearch as ExactSearch
     from .search import greedy_search as greedy_search
-    from .strategies import MeasuredWidths as MeasuredWidths
+    from .strategies import MeasuredCuts as MeasuredCuts
     from .strategies import StructureDistillation as StructureDistillation
     from .surgery import apply_plan as apply_plan
     from .surgery import load_pruned as load_pruned
@@ -44,7 +44,7 @@ _HOMES = {
     "ExactSearch": "diplugin.search",
     "LatencyTable": "diplugin.tables",
     "PruningPlan": "diplugin.plan",
-    "MeasuredWidths": "diplugin.strategies",
+    "MeasuredCuts": "diplugin.strategies",
     "StructureDistillation": "diplugin.strategies",
     "apply_plan": "diplugin.surgery",
     "compress": "diplugin.pipeline",

@@ -26,7 +26,7 @@ from .network import NetworkTrace
 from .plan import PruningPlan
 from .recovery import recalibrate_batchnorm
 from .scoring import GroupScores
-from .strategies import CutLoss, Descent, MeasuredWidths, OneShot
+from .strategies import CutLoss, MeasuredCuts, OneShot
 
 #: Steps of the bisection on torch-pruning's ratio: its thresholds lie closer than this only by chance.
 _BISECTIONS = 14
@@ -214,12 +214,14 @@ class Compress:
     """What `compress` does without a gradient step: greedy search, then the repair that the holdout likes best.
 
     Attributes:
-        measured: corrects the widths by what cut networks lose; None leaves them to DI alone.
+        measured: corrects the plan by what cut networks lose; None leaves it to DI alone.
+        tell: called with one line for every round of that.
     """
 
     name: str = "DI, compress"
     strategy: OneShot = field(default_factory=OneShot)
-    measured: MeasuredWidths | None = None
+    measured: MeasuredCuts | None = None
+    tell: Callable[[str], None] = lambda _: None
 
     def prune(self, case: Case, fractions: Sequence[float]) -> dict[float, nn.Module | None]:
         scores = self.strategy.score(case.model, case.images, case.trace)
@@ -240,12 +242,10 @@ class Compress:
 
     def _plan(self, case: Case, scores: GroupScores, judged: Iterable[Any], budget: Budget) -> PruningPlan:
         once, costs = self.strategy, [macs(case.trace)]
-        losses = once.losses(case.trace, scores)
         if self.measured is None:
-            return once.plan(case.trace, losses, costs, [budget])
-        loss_of = CutLoss(case.model, case.trace, case.images, judged, case.get_labels, case.forward,
-                          self.measured.fitted)  # fmt: skip
-        return Descent(self.measured, once, losses, costs, loss_of).plan([budget])
+            return once.search(case.trace, scores, costs, [budget])
+        loss_of = CutLoss(case.model, case.trace, case.images, judged, case.get_labels, case.forward)
+        return self.measured.descent(once, scores, costs, loss_of, self.tell).plan([budget])
 
 
 def default_contenders(*, compress: bool = True) -> list[Contender]:

@@ -162,7 +162,7 @@ def test_example_shapes(refused: Callable[..., str], shape: str) -> None:
     [{"epochs": "-1"}, {"epochs": "2", "lr": "0"}, {"epochs": "2", "lr": "nan"}, {"rho": "0"}, {"rho": "nan"},
      {"floor": "1.5"}, {"floor": "nan"}, {"images": "1"}, {"bits": "size_mb=0"}, {"bits": "speed=1"},
      {"weights": "none.safetensors"}, {"table": "none.json"}, {"steps": "2"}, {"rounds": "2"},
-     {"strategy": "measured-widths", "steps": "2"}, {"strategy": "structure-distillation", "rounds": "2"},
+     {"strategy": "measured-cuts", "steps": "2"}, {"strategy": "structure-distillation", "rounds": "2"},
      {"strategy": "structure-distillation", "step-epochs": "-1"}],
     ids=str,
 )  # fmt: skip
@@ -241,17 +241,17 @@ def test_structure_distillation(
     assert "Step by step" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_measured_widths(
+def test_measured_cuts(
     code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diplugin.measurements.Measure.exported", lambda *_: {"size_mb": 0.1})
     monkeypatch.setattr("diplugin.measurements.Measure.timed", lambda _, *paths: [None] * len(paths))
     argv = ["compress", f"{code}:Net", f"{code}:data", "--example-shape=1,3,8,8", "--budget=macs=0.6", "--epochs=0",
-            "--strategy=measured-widths", "--rounds=1", f"--out={tmp_path / 'run'}"]  # fmt: skip
+            "--strategy=measured-cuts", "--rounds=1", f"--out={tmp_path / 'run'}"]  # fmt: skip
     assert main(argv) == 0
-    assert "widths measured, round 1 of 1: loss" in capsys.readouterr().out
+    assert "structures measured, round 1 of 1: loss" in capsys.readouterr().out
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["strategy"]["kind"] == "MeasuredWidths" and config["strategy"]["rounds"] == 1
+    assert config["strategy"]["kind"] == "MeasuredCuts" and config["strategy"]["rounds"] == 1
 
 
 # --- the shell of it ---

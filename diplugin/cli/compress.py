@@ -22,11 +22,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder, new or empty")
     parser.add_argument("--epochs", type=int, default=5, metavar="N", help="of recovery; 0 for none (default 5)")
     parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate of recovery (default 0.02)")
-    parser.add_argument("--strategy", choices=("one-shot", "measured-widths", "structure-distillation"),
+    parser.add_argument("--strategy", choices=("one-shot", "measured-cuts", "structure-distillation"),
                         default="one-shot",
-                        help="prune at once, at once with widths corrected by what trial cuts lose (minutes and more), "
+                        help="prune at once, at once by a plan corrected by what trial cuts lose (minutes and more), "
                         "or in steps with the unpruned network as teacher between them (default one-shot)")  # fmt: skip
-    parser.add_argument("--rounds", type=positive, metavar="N", help="of measured-widths, at most (default 6)")
+    parser.add_argument("--rounds", type=positive, metavar="N", help="of measured-cuts, at most (default 4)")
     parser.add_argument("--steps", type=positive, metavar="N", help="of structure-distillation (default 4)")
     parser.add_argument("--step-epochs", type=int, metavar="N",
                         help="of training after every step but the last (default 1); --epochs come on top")  # fmt: skip
@@ -90,17 +90,17 @@ def _run(args: argparse.Namespace, first: bool) -> int:
 def _strategy(args: argparse.Namespace) -> Any:
     from ..errors import UserError
     from ..recovery import FeatureDistillation, FineTuning
-    from ..strategies import Geometric, MeasuredWidths, StructureDistillation
+    from ..strategies import Geometric, MeasuredCuts, StructureDistillation
 
     name = args.strategy
     if name != "structure-distillation" and (args.steps is not None or args.step_epochs is not None):
         raise UserError(f"expected --steps and --step-epochs with --strategy structure-distillation, got {name}")
-    if name != "measured-widths" and args.rounds is not None:
-        raise UserError(f"expected --rounds with --strategy measured-widths, got {name}")
+    if name != "measured-cuts" and args.rounds is not None:
+        raise UserError(f"expected --rounds with --strategy measured-cuts, got {name}")
     if name == "one-shot":
         return None
-    if name == "measured-widths":
-        return MeasuredWidths(**({} if args.rounds is None else {"rounds": args.rounds}))
+    if name == "measured-cuts":
+        return MeasuredCuts(**({} if args.rounds is None else {"rounds": args.rounds}))
     epochs = 1 if args.step_epochs is None else args.step_epochs
     lesson = (FineTuning if args.no_teacher else FeatureDistillation)(epochs=epochs, lr=args.lr) if epochs else None
     return StructureDistillation(Geometric(args.steps or 4), lesson)

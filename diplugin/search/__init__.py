@@ -3,7 +3,7 @@
 from .curves import FixedScores, LossCurve, Scorer, first_order_curve
 from .exact import ExactSearch
 from .greedy import GreedySearch, greedy_search
-from .measured import measured_plan
+from .measured import Wish, measured_plan
 from .problem import Search, SearchLimits, allowed_widths
 from .proportions import nearest, plan_at, widest
 
@@ -15,6 +15,7 @@ __all__ = [
     "Scorer",
     "Search",
     "SearchLimits",
+    "Wish",
     "allowed_widths",
     "first_order_curve",
     "greedy_search",

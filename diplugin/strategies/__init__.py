@@ -2,18 +2,17 @@
 
 from .clock import search_by_clock
 from .job import Job, Shrunk
-from .measured_widths import CutLoss, Descent, MeasuredWidths
+from .measured_cuts import CutLoss, MeasuredCuts
 from .one_shot import OneShot, Strategy, first_images
 from .schedules import Geometric, Linear, Schedule
 from .structure_distillation import StructureDistillation
 
 __all__ = [
     "CutLoss",
-    "Descent",
     "Geometric",
     "Job",
     "Linear",
-    "MeasuredWidths",
+    "MeasuredCuts",
     "OneShot",
     "Schedule",
     "Shrunk",

@@ -1,8 +1,9 @@
-"""Measured widths: DI ranks the channels of every group, the loss of refitted cuts says how many of them stay.
+"""Measured cuts: where DI's plan is the beginning, and the loss of refitted trial cuts has the last word.
 
-Starts from the plan that DI makes alone and descends along what cut networks really lose (see `search/measured.py`).
-A trial costs a cut, a refit on a few images and a look at the holdout: seconds for a small network, dozens of them for
-one with dozens of groups. What it buys shows after recovery (see the study under benchmarks/).
+Starts from the plan that DI makes alone and descends along what cut networks really lose (see `search/measured.py`), in
+how wide the groups are and in which order their channels leave: by the ranking of one shot, by DI loss alone, or by
+the distances of their filters. A trial costs a cut, a refit and a look at the holdout, seconds for a
+small network, and a round tries a few cuts a group. What it buys shows after recovery, see the study under benchmarks/.
 
 The holdout is read in disguise: the network knows it by heart, and memory is not what recovery is about.
 """
@@ -21,12 +22,14 @@ from ..costs import Budget, CostModel
 from ..disguise import Disguised
 from ..errors import UserError
 from ..features import Forward, GetLabels, device_of, to_device
+from ..filter_distances import filter_distances
 from ..modes import evaluating
 from ..network import NetworkTrace
 from ..plan import PathPoint, PruningPlan
-from ..recovery import Cut, Reconstruct, Reconstruction, label_loss
+from ..ranking import ByLoss, hand_out
+from ..recovery import Cut, Reconstruct, label_loss
 from ..scoring import GroupScores
-from ..search import first_order_curve, measured_plan, plan_at, widest
+from ..search import Wish, first_order_curve, measured_plan, plan_at, widest
 from ..team import current_team
 from .job import Job, Shrunk
 from .one_shot import OneShot, first_images
@@ -40,7 +43,6 @@ class CutLoss:
         model: the unpruned network.
         images: training batches for the refit.
         judged: labelled batches that are not among `images`.
-        fitted: training images that a refit sees.
         most: images of `judged` that are read.
     """
 
@@ -50,14 +52,11 @@ class CutLoss:
     judged: Iterable[Any]
     get_labels: GetLabels
     forward: Forward
-    fitted: int = 750
     most: int = 3000
 
     def __call__(self, plan: PruningPlan) -> float:
         """The mean loss by the labels; of many processes each reads some of the batches, and all get one figure."""
-        repair = Reconstruct(Reconstruction(images=self.fitted))
-        loader = list(first_images(self.images, self.fitted))
-        model = repair.repaired(Cut(self.model, loader, self.trace, plan, self.fitted, self.forward))
+        model = Reconstruct().repaired(Cut(self.model, self.images, self.trace, plan, forward=self.forward))
         team, sums = current_team(self.judged), torch.zeros(2, dtype=torch.float64)
         with evaluating(model), torch.no_grad(), team.together():
             for turn, batch in enumerate(Disguised(first_images(self.judged, self.most))):
@@ -71,23 +70,21 @@ class CutLoss:
 
 
 @dataclass(frozen=True)
-class MeasuredWidths:
-    """Widths by DI, corrected by the measured loss of refitted cuts.
+class MeasuredCuts:
+    """A plan by DI, corrected by the measured loss of refitted cuts.
 
     Attributes:
         rounds: of the descent, at most.
-        fitted: training images that the refit of a trial sees.
 
     Raises:
-        UserError: a number below 1.
+        UserError: fewer than one round.
     """
 
-    rounds: int = 6
-    fitted: int = 750
+    rounds: int = 4
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.fitted < 1:
-            raise UserError(f"expected rounds and fitted of 1 or more, got {self}")
+        if self.rounds < 1:
+            raise UserError(f"expected rounds of 1 or more, got {self.rounds}")
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON."""
@@ -103,28 +100,43 @@ class MeasuredWidths:
         Raises:
             InfeasibleBudget: no structure within reach meets the budgets.
         """
-        loss_of = CutLoss(job.model, job.trace, job.split.scoring, job.split.holdout, once.get_labels, once.forward,
-                          self.fitted)  # fmt: skip
-        descent = Descent(self, once, once.losses(job.trace, scores), job.costs, loss_of, job.tell)
-        return once.carry_out(job, job.plan(descent.plan))
+        loss_of = CutLoss(job.model, job.trace, job.split.scoring, job.split.holdout, once.get_labels, once.forward)
+        return once.carry_out(job, job.plan(self.descent(once, scores, job.costs, loss_of, job.tell).plan))
+
+    def descent(
+        self, once: OneShot, scores: GroupScores, costs: Sequence[CostModel], loss_of: CutLoss,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> Descent:  # fmt: skip
+        """The search for the plan, ready to be asked."""
+        orders = (replace(once, ranking=ranking) for ranking in (once.ranking, ByLoss()))
+        losses = [*(by.losses(loss_of.trace, scores) for by in orders), _by_distance(loss_of, scores)]
+        return Descent(self.rounds, once, losses, costs, loss_of, tell)
+
+
+def _by_distance(loss_of: CutLoss, scores: GroupScores) -> dict[str, Tensor]:
+    """DI's losses, handed out in the order of the filters' distances."""
+    return {g.name: hand_out(scores.scores[g.name], filter_distances(loss_of.model, g), g.blocks)
+            for g in loss_of.trace.prunable}  # fmt: skip
 
 
 @dataclass
 class Descent:
-    """The search for one network's widths, once for whatever budgets are asked for.
+    """The search for one network's plan, for whatever budgets are asked for.
 
     Attributes:
-        losses: group name -> [channels], what the search by DI takes channels to be worth.
+        once: makes the plan to start from.
+        losses: for every order in which channels may leave, group name -> [channels], DI's losses handed out in it; the
+            first one is that of the plan to start from.
         loss_of: what a plan's network loses, measured.
     """
 
-    settings: MeasuredWidths
+    rounds: int
     once: OneShot
-    losses: Mapping[str, Tensor]
+    losses: Sequence[Mapping[str, Tensor]]
     costs: Sequence[CostModel]
     loss_of: CutLoss
     tell: Callable[[str], None] = lambda _: None
-    found: PruningPlan | None = None
+    found: Wish | None = None
 
     def plan(self, budgets: Sequence[Budget]) -> PruningPlan:
         """The plan for these budgets; asked again (by the clock, for a little less), in the proportions found before.
@@ -132,22 +144,24 @@ class Descent:
         Raises:
             InfeasibleBudget: no structure within reach meets the budgets.
         """
-        trace, once = self.loss_of.trace, self.once
 
-        def in_proportion(profile: Mapping[str, float]) -> PruningPlan:
-            widths = widest(trace, self.costs, budgets, once.limits, profile)
-            return plan_at(trace, self.losses, self.costs, widths)
+        def plan_for(wish: Wish) -> PruningPlan:
+            trace, losses = self.loss_of.trace, {name: self.losses[i][name] for name, i in wish.orders.items()}
+            return plan_at(
+                trace, losses, self.costs, widest(trace, self.costs, budgets, self.once.limits, wish.profile)
+            )
 
         if self.found is not None:
-            return in_proportion(self.found.widths)
-        start = once.plan(trace, self.losses, self.costs, budgets)
-        self.found = measured_plan(start, in_proportion, self.loss_of, rounds=self.settings.rounds, tell=self.tell)
-        return self.found if self.found is start else self._with_path(self.found, start)
+            return plan_for(self.found)
+        start = self.once.plan(self.loss_of.trace, self.losses[0], self.costs, budgets)
+        plan, self.found = measured_plan(start, plan_for, self.loss_of, orders=len(self.losses), rounds=self.rounds,
+                                         tell=self.tell)  # fmt: skip
+        return plan if plan is start else self._with_path(plan, start)
 
     def _with_path(self, plan: PruningPlan, start: PruningPlan) -> PruningPlan:
         """The plan with the path of the search that it began with, and where it went from there."""
-        curves = {g.name: first_order_curve(g, self.losses[g.name]) for g in self.loss_of.trace.prunable}
+        curves = {g.name: first_order_curve(g, self.losses[0][g.name]) for g in self.loss_of.trace.prunable}
         gone = {g.name: (g.channels - plan.widths[g.name]) // g.blocks for g in self.loss_of.trace.prunable}
         lost = sum(curve.losses[gone[name]] for name, curve in curves.items())
         there = PathPoint(lost, {name: cost.predicted for name, cost in plan.costs.items()})
-        return replace(plan, path=(*start.path, there), found_by="widths by the measured loss of refitted cuts")
+        return replace(plan, path=(*start.path, there), found_by="corrected by the measured loss of refitted cuts")

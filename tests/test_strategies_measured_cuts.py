@@ -1,4 +1,4 @@
-"""Measured widths: budgets met, losses that an independent cut loses too, and the same plan after a kill."""
+"""Measured cuts: budgets met, losses that an independent cut loses too, and the same plan after a kill."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from diplugin.costs import Budget, macs, params
 from diplugin.disguise import Disguised
 from diplugin.errors import InfeasibleBudget, UserError
 from diplugin.features import forward_inputs, labels_of
+from diplugin.filter_distances import filter_distances
 from diplugin.network import trace_network
 from diplugin.plan import PruningPlan
 from diplugin.recovery import FineTuning, Reconstruction, reconstruct, train
-from diplugin.strategies import CutLoss, Descent, MeasuredWidths, OneShot
+from diplugin.strategies import CutLoss, MeasuredCuts, OneShot
+from diplugin.strategies.measured_cuts import Descent
 from diplugin.surgery import apply_plan
 
 pytestmark = pytest.mark.usefixtures("nothing_is_exported")
@@ -67,22 +69,21 @@ def loader() -> DataLoader[Any]:
 @pytest.fixture(scope="module")
 def loss_of(trained: nn.Module) -> CutLoss:
     fitted, judged = DataLoader(bars(120, 1), 40), DataLoader(bars(100, 2), 30)
-    return CutLoss(trained, trace_network(trained, INPUTS), fitted, judged, labels_of, forward_inputs, 80, 70)
+    return CutLoss(trained, trace_network(trained, INPUTS), fitted, judged, labels_of, forward_inputs, 70)
 
 
 def descent_of(loss_of: CutLoss, rounds: int = 2) -> Descent:
     once = OneShot()
     scores = once.score(loss_of.model, loss_of.images, loss_of.trace)
     costs = [macs(loss_of.trace), params(loss_of.trace)]
-    return Descent(MeasuredWidths(rounds), once, once.losses(loss_of.trace, scores), costs, loss_of)
+    return MeasuredCuts(rounds).descent(once, scores, costs, loss_of)
 
 
 def test_the_loss_is_what_a_cut_and_refitted_network_loses_on_disguised_images(loss_of: CutLoss) -> None:
     plan = descent_of(loss_of).once.search(loss_of.trace, OneShot().score(loss_of.model, loss_of.images, loss_of.trace),
                                            [macs(loss_of.trace)], [HALF])  # fmt: skip
     small = apply_plan(copy.deepcopy(loss_of.model), plan)
-    first = [tuple(t[:80] for t in bars(120, 1).tensors)]
-    reconstruct(small, loss_of.model, first, loss_of.trace, plan, Reconstruction(images=80))
+    reconstruct(small, loss_of.model, loss_of.images, loss_of.trace, plan, Reconstruction())
     judged = DataLoader(TensorDataset(*(t[:70] for t in bars(100, 2).tensors)), 30)
     with torch.no_grad():
         losses = torch.cat([F.cross_entropy(small.eval()(x), y, reduction="none") for x, y in Disguised(judged)])
@@ -93,20 +94,31 @@ def test_the_loss_is_what_a_cut_and_refitted_network_loses_on_disguised_images(l
 
 def test_the_plan_loses_no_more_than_that_by_di_alone_and_costs_what_the_cut_network_does(loss_of: CutLoss) -> None:
     descent = descent_of(loss_of)
-    plan, alone = descent.plan([HALF]), descent.once.plan(loss_of.trace, descent.losses, descent.costs, [HALF])
+    plan, alone = descent.plan([HALF]), descent.once.plan(loss_of.trace, descent.losses[0], descent.costs, [HALF])
     assert loss_of(plan) <= loss_of(alone)
     small = trace_network(apply_plan(copy.deepcopy(loss_of.model), plan), INPUTS)
     assert plan.costs["macs"].predicted == macs(small).base <= 0.5 * macs(loss_of.trace).base
     assert plan.costs["params"].predicted == params(small).base
     for group in loss_of.trace.prunable:
-        gone = set(range(group.channels)) - set(plan.kept[group.name])
-        worth = descent.losses[group.name]
-        assert max(worth[list(gone)], default=0) <= min(worth[list(plan.kept[group.name])]), "DI says who stays"
-    if plan.widths != alone.widths:
-        lost = sum(
-            float(descent.losses[n].sum()) - float(descent.losses[n][list(k)].sum()) for n, k in plan.kept.items()
-        )
+        kept = set(plan.kept[group.name])
+        orders = [losses[group.name].argsort(descending=True).tolist() for losses in descent.losses]
+        assert any(kept == set(order[: len(kept)]) for order in orders), "the first ones of one of the orders"
+    if plan.kept != alone.kept:
+        worth = descent.losses[0]
+        lost = sum(float(worth[n].sort().values[: len(worth[n]) - len(k)].sum()) for n, k in plan.kept.items())
         assert plan.path[-1].loss == pytest.approx(lost, rel=1e-5)
+
+
+def test_channels_may_leave_by_ranking_by_loss_or_by_distance(loss_of: CutLoss) -> None:
+    descent = descent_of(loss_of)
+    scores = OneShot().score(loss_of.model, loss_of.images, loss_of.trace)
+    for group in loss_of.trace.prunable:
+        ranked, by_loss, by_distance = (losses[group.name] for losses in descent.losses)
+        assert torch.equal(by_loss, scores.scores[group.name])
+        for losses in (ranked, by_distance):
+            assert torch.equal(losses.sort().values, by_loss.sort().values), "one unit, other channels"
+        distances = filter_distances(loss_of.model, group)
+        assert by_distance.argsort().tolist() == distances.argsort().tolist()
 
 
 def test_asked_for_less_it_keeps_the_proportions_and_measures_nothing(loss_of: CutLoss) -> None:
@@ -125,17 +137,17 @@ def test_a_whole_run_meets_its_budgets_and_ends_like_one_that_was_killed(
     trained: nn.Module, loader: Any, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"example_inputs": INPUTS, "budgets": [HALF, Budget("params", fraction=0.6)],
-                                "strategy": diplugin.MeasuredWidths(rounds=1), "holdout": 0.2}  # fmt: skip
+                                "strategy": diplugin.MeasuredCuts(rounds=1), "holdout": 0.2}  # fmt: skip
     lines: list[str] = []
     whole = diplugin.compress(trained, loader, out=tmp_path / "whole", tell=lines.append, **settings)
     assert all(budget["met"] for budget in whole.metrics["budgets"])
-    assert sum(line.startswith("widths measured, round 1 of 1") for line in lines) == 1
+    assert sum(line.startswith("structures measured, round 1 of 1") for line in lines) == 1
 
     class KilledError(Exception):
         pass
 
     def kill(line: str) -> None:
-        if line.startswith("widths measured"):
+        if line.startswith("structures measured"):
             raise KilledError
 
     with pytest.raises(KilledError):
@@ -147,8 +159,7 @@ def test_a_whole_run_meets_its_budgets_and_ends_like_one_that_was_killed(
 
 
 def test_numbers_out_of_range_and_budgets_out_of_reach(loss_of: CutLoss) -> None:
-    for settings in ({"rounds": 0}, {"fitted": 0}):
-        with pytest.raises(UserError, match="rounds and fitted of 1 or more"):
-            MeasuredWidths(**settings)
+    with pytest.raises(UserError, match="rounds of 1 or more"):
+        MeasuredCuts(rounds=0)
     with pytest.raises(InfeasibleBudget, match="no structure within reach"):
         descent_of(loss_of).plan([Budget("macs", fraction=0.001)])
