@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from diplugin.errors import DataError
+from diplugin.plan import PruningPlan
 from diplugin.team import Team, current_team, one_voice, process_group
 
 Processes = Callable[..., list[subprocess.CompletedProcess[str]]]
@@ -27,7 +28,7 @@ if sys.argv[3] == "interrupted":
         if report.epoch == 2 and os.environ["RANK"] == "0":
             raise KeyboardInterrupt
     pipeline._Run._epoch = epoch
-more = ["--resume"] if sys.argv[3] == "resumed" else []
+more = {"resumed": ["--resume"], "measured": ["--strategy", "measured-cuts", "--rounds", "1"]}.get(sys.argv[3], [])
 sys.exit(main(["compress", "net:net", "digits", "--example-shape", "1,1,16,16", "--budget", "macs=0.5", "--images",
                "300", "--epochs", "3", "--out", sys.argv[2], *more]))
 """
@@ -113,6 +114,15 @@ def test_two_processes_compress_as_one_and_go_on_after_an_interruption(processes
     again = load_file(tmp_path / "cut" / "weights.safetensors")
     assert all(torch.equal(two[name], again[name]) for name in two)
     assert [bool(done.stdout) for done in resumed] == [True, False]
+
+
+@pytest.mark.slow
+def test_two_processes_measure_cuts_as_one(processes: Processes, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    for size, out in ((1, "one"), (2, "two")):
+        assert all(done.returncode == 0 for done in processes(COMPRESS, size, tmp_path, tmp_path / out, "measured"))
+    one, two = (PruningPlan.load(tmp_path / out / "plan.json") for out in ("one", "two"))
+    assert one.kept == two.kept
 
 
 # --- alone ---
