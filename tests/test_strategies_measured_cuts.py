@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import diplugin
 from diplugin.costs import Budget, macs, params
 from diplugin.disguise import Disguised
-from diplugin.errors import InfeasibleBudget, UserError
+from diplugin.errors import DataError, InfeasibleBudget, UserError
 from diplugin.features import forward_inputs, labels_of
 from diplugin.filter_distances import filter_distances
 from diplugin.network import trace_network
@@ -125,7 +126,7 @@ def test_asked_for_less_it_keeps_the_proportions_and_measures_nothing(loss_of: C
     """As the search by the clock asks, when a structure turns out slower than predicted."""
     descent = descent_of(loss_of, rounds=1)
     first = descent.plan([HALF])
-    descent.loss_of = CutLoss(nn.Identity(), loss_of.trace, [], [], labels_of, forward_inputs)
+    descent.loss_of = replace(loss_of, model=nn.Identity(), judged=[])
     less = descent.plan([Budget("macs", fraction=0.4)])
     assert less.costs["macs"].fraction <= 0.4
     assert all(less.widths[name] <= width for name, width in first.widths.items())
@@ -159,7 +160,10 @@ def test_a_whole_run_meets_its_budgets_and_ends_like_one_that_was_killed(
 
 
 def test_numbers_out_of_range_and_budgets_out_of_reach(loss_of: CutLoss) -> None:
-    with pytest.raises(UserError, match="rounds of 1 or more"):
-        MeasuredCuts(rounds=0)
+    for rounds in (0, "4"):
+        with pytest.raises(UserError, match="rounds of 1 or more"):
+            MeasuredCuts(rounds)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="images to judge cuts by, got none"):
+        replace(loss_of, judged=[])(descent_of(loss_of).plan([Budget("macs", fraction=1.0)]))
     with pytest.raises(InfeasibleBudget, match="no structure within reach"):
         descent_of(loss_of).plan([Budget("macs", fraction=0.001)])

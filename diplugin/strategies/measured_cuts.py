@@ -2,71 +2,28 @@
 
 Starts from the plan that DI makes alone and descends along what cut networks really lose (see `search/measured.py`), in
 how wide the groups are and in which order their channels leave: by the ranking of one shot, by DI loss alone, or by
-the distances of their filters. A trial costs a cut, a refit and a look at the holdout, seconds for a
-small network, and a round tries a few cuts a group. What it buys shows after recovery, see the study under benchmarks/.
-
-The holdout is read in disguise: the network knows it by heart, and memory is not what recovery is about.
+the distances of their filters. A trial costs seconds for a small network, and a round makes a few for every group. What
+that buys shows after recovery (see the study under benchmarks/).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..accuracy import check_fit
 from ..costs import Budget, CostModel
-from ..disguise import Disguised
 from ..errors import UserError
-from ..features import Forward, GetLabels, device_of, to_device
 from ..filter_distances import filter_distances
-from ..modes import evaluating
-from ..network import NetworkTrace
 from ..plan import PathPoint, PruningPlan
 from ..ranking import ByLoss, hand_out
-from ..recovery import Cut, Reconstruct, label_loss
 from ..scoring import GroupScores
 from ..search import Wish, first_order_curve, measured_plan, plan_at, widest
-from ..team import current_team
+from .cut_loss import CutLoss
 from .job import Job, Shrunk
-from .one_shot import OneShot, first_images
-
-
-@dataclass(frozen=True)
-class CutLoss:
-    """What a plan's network loses: cut, refitted and judged by its loss on disguised images.
-
-    Attributes:
-        model: the unpruned network.
-        images: training batches for the refit.
-        judged: labelled batches that are not among `images`.
-        most: images of `judged` that are read.
-    """
-
-    model: nn.Module
-    trace: NetworkTrace
-    images: Iterable[Any]
-    judged: Iterable[Any]
-    get_labels: GetLabels
-    forward: Forward
-    most: int = 3000
-
-    def __call__(self, plan: PruningPlan) -> float:
-        """The mean loss by the labels; of many processes each reads some of the batches, and all get one figure."""
-        model = Reconstruct().repaired(Cut(self.model, self.images, self.trace, plan, forward=self.forward))
-        team, sums = current_team(self.judged), torch.zeros(2, dtype=torch.float64)
-        with evaluating(model), torch.no_grad(), team.together():
-            for turn, batch in enumerate(Disguised(first_images(self.judged, self.most))):
-                if team.mine(turn):
-                    batch = to_device(batch, device_of(model))
-                    labels, logits = self.get_labels(batch), self.forward(model, batch)
-                    check_fit(logits, labels)
-                    sums += torch.tensor([float(label_loss(logits, labels)) * len(labels), len(labels)])
-        team.sum([sums])
-        return float(sums[0] / sums[1])
+from .one_shot import OneShot
 
 
 @dataclass(frozen=True)
@@ -83,8 +40,8 @@ class MeasuredCuts:
     rounds: int = 4
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise UserError(f"expected rounds of 1 or more, got {self.rounds}")
+        if not isinstance(self.rounds, int) or self.rounds < 1:
+            raise UserError(f"expected rounds of 1 or more, got {self.rounds!r:.80}")
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON."""
