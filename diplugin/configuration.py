@@ -25,7 +25,7 @@ class Configuration:
 
     Attributes:
         once: how the network is scored, searched and cut, each time.
-        strategy: shrinks the network in steps; None at once.
+        strategy: how the network shrinks, if not at once by one plan of DI's.
         holdout: fraction of the training data set aside.
 
     Raises:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from .accuracy import accuracy
 from .costs import Budget, macs
 from .dependency import dependency_graph
-from .errors import InfeasibleBudget
+from .errors import InfeasibleBudget, UserError
 from .features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
 from .network import NetworkTrace
 from .plan import PruningPlan
 from .recovery import recalibrate_batchnorm
 from .scoring import GroupScores
-from .strategies import CutLoss, MeasuredCuts, OneShot
+from .strategies import MeasuredCuts, OneShot
 
 #: Steps of the bisection on torch-pruning's ratio: its thresholds lie closer than this only by chance.
 _BISECTIONS = 14
@@ -244,8 +244,11 @@ class Compress:
         once, costs = self.strategy, [macs(case.trace)]
         if self.measured is None:
             return once.search(case.trace, scores, costs, [budget])
-        loss_of = CutLoss(case.model, case.trace, case.images, judged, case.get_labels, case.forward)
-        return self.measured.descent(once, scores, costs, loss_of, self.tell).plan([budget])
+        if case.holdout is None:
+            raise UserError("expected a holdout to measure cuts on, got none")
+        loss_of = self.measured.cut_loss(once, case.model, case.trace, case.images, judged)
+        descent = self.measured.descent(once, case.model, case.trace, scores, costs, loss_of, self.tell)
+        return descent.plan([budget])
 
 
 def default_contenders(*, compress: bool = True) -> list[Contender]:

@@ -41,7 +41,8 @@ def disguised(
     angle, size, contrast, light = strength * (2 * torch.rand(4, len(x), generator=draw) - 1)
     mirror = 1 - 2 * (torch.rand(len(x), generator=draw) < 0.5).float() if flip else torch.ones(len(x))
     cos, sin, zero = angle.cos() * (1 + size), angle.sin() * (1 + size), torch.zeros(len(x))
-    maps = torch.stack([mirror * cos, -sin, zero, mirror * sin, cos, zero], 1).view(-1, 2, 3).to(x)
+    ratio = x.shape[2] / x.shape[3]  # the grid's unit is half a side, of either side
+    maps = torch.stack([mirror * cos, -sin * ratio, zero, mirror * sin / ratio, cos, zero], 1).view(-1, 2, 3).to(x)
     grid = F.affine_grid(maps, list(x.shape), align_corners=False)
     seen = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     return seen * (1 + contrast).view(-1, 1, 1, 1).to(x) + light.view(-1, 1, 1, 1).to(x)
@@ -51,7 +52,7 @@ class Disguised:
     """The batches of a loader with their images in disguise, the same one each time they are read.
 
     Images are floating-point tensors [N, C, H, W] anywhere in a batch; brightness changes in units of their standard
-    deviation. Whatever else a batch holds is left as it is.
+    deviation. Whatever else a batch holds is left as it is, inputs of other shapes and whole numbers included.
     """
 
     def __init__(self, loader: Iterable[Any], seed: int = 0) -> None:

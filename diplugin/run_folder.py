@@ -32,6 +32,8 @@ from .whole_files import LEFTOVERS, write_json, write_text
 CONFIG, SCORES, METRICS, REPORT, LOG = "config.json", "scores.json", "metrics.json", "report.html", "log.txt"
 ONNX = "model.onnx"
 STAGES = "stages"
+#: Of a stage: the losses of trial cuts.
+TRIALS = "trials.json"
 
 
 class RunFolder:
@@ -122,8 +124,9 @@ class RunFolder:
             left.unlink(missing_ok=True)
 
     def abandon(self) -> None:
-        """Leave nothing of a run that never got to a plan, nor to one of its steps' plans."""
-        if (self.path / "plan.json").exists() or any((self.path / STAGES).glob("*.plan.json")):
+        """Leave nothing of a run that never got to a plan, nor to one of its steps' plans, nor to a trial cut."""
+        held = [self.path / "plan.json", self.stage(TRIALS), *(self.path / STAGES).glob("*.plan.json")]
+        if any(path.exists() for path in held):
             return
         for name in (CONFIG, LOG, SCORES):
             (self.path / name).unlink(missing_ok=True)

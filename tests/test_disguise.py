@@ -37,14 +37,16 @@ def test_without_strength_nothing_changes_but_the_mirror() -> None:
     assert all(a != b for a, b in zip(same, mirrored, strict=True)) and any(same) and any(mirrored)
 
 
-def test_turning_moves_a_picture_about_its_middle() -> None:
+@pytest.mark.parametrize(("height", "width"), [(33, 33), (33, 65), (65, 33)])
+def test_turning_moves_a_picture_about_its_middle(height: int, width: int) -> None:
     torch.testing.assert_close(disguised(disc(), draw(), **{**STILL, "turn": math.pi}), disc(), atol=0.02, rtol=0)
-    x = torch.zeros(64, 1, 33, 33)
-    x[:, :, 16, 24:] = 1  # a ray to the right
+    x = torch.zeros(64, 1, height, width)
+    x[:, :, height // 2, width // 2 + 8 : width // 2 + 14] = 1  # a ray to the right
     angles = []
     for seen in disguised(x, draw(), **{**STILL, "turn": math.pi / 9}):
-        row, column = (seen[0] * (seen[0] > 0.2)).nonzero().float().mean(0)
-        angles.append(math.atan2(float(row) - 16, float(column) - 16))
+        row, column = (seen[0] > 0.2).nonzero().float().mean(0)
+        assert math.dist((float(row), float(column)), (height // 2, width // 2)) == pytest.approx(10.5, abs=0.8)
+        angles.append(math.atan2(float(row) - height // 2, float(column) - width // 2))
     assert max(map(abs, angles)) < math.pi / 9 + 0.05 and max(angles) > 0.1 and min(angles) < -0.1
 
 

@@ -37,6 +37,7 @@ def same(one: nn.Module, two: nn.Module) -> bool:
 def test_label_loss_by_the_kind_of_labels() -> None:
     logits, ids = torch.randn(6, 4), torch.arange(6) % 4
     assert label_loss(logits, ids) == F.cross_entropy(logits, ids)
+    assert label_loss(logits, ids.int()) == F.cross_entropy(logits, ids), "ids of any whole kind"
     multi = (torch.rand(6, 4) > 0.5).long()
     assert label_loss(logits, multi) == F.binary_cross_entropy_with_logits(logits, multi.float())
     real = torch.randn(6, 4).double()

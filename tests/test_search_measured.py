@@ -58,6 +58,22 @@ def test_comes_close_to_the_best_structure_there_is(weights: tuple[float, float,
     assert loss(found) - best < 0.1 * (loss(EVEN) - best)
 
 
+def test_grids_coarser_than_a_quarter_are_crossed() -> None:
+    """Widths in multiples of 6: a quarter more of 6 or 12 is rounded back to what it was."""
+
+    def coarse(wish: Wish) -> PruningPlan:
+        for step in range(1000):
+            factor = 2 * LIMIT / sum(wish.profile.values()) * (1 - step / 1000)
+            widths = {n: min((6, 12, 18, 24), key=lambda w: abs(w - factor * x)) for n, x in wish.profile.items()}
+            if sum(widths.values()) <= LIMIT:
+                return plan_of(widths)
+        raise InfeasibleBudget("not even the narrowest")
+
+    start, loss = plan_of({"a": 6, "b": 12, "c": 12}), spare(9.0, 1.0, 1.0)
+    found, _ = measured_plan(start, coarse, loss, orders=1, rounds=9)
+    assert found.widths == {"a": 18, "b": 6, "c": 6}, "the best there is on this grid"
+
+
 def test_nothing_is_measured_twice_and_the_best_of_all_comes_back() -> None:
     seen: list[tuple[float, tuple[tuple[int, ...], ...]]] = []
 

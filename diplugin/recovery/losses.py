@@ -9,7 +9,7 @@ from torch import Tensor
 def label_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy for class ids [N], binary cross-entropy for 0/1 targets [N, L], squared error for real ones."""
     if labels.ndim == 1 or labels.shape != logits.shape:
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        return F.cross_entropy(logits, labels.long() if labels.ndim == 1 else labels, label_smoothing=smoothing)
     if bool(((labels == 0) | (labels == 1)).all()):
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
     return F.mse_loss(logits, labels.to(logits.dtype))

@@ -1,4 +1,4 @@
-"""Widths of all channel groups under budgets: greedily in a second, as an integer program, or by measured losses."""
+"""Plans under budgets: widths greedily in a second or as an integer program, or whole structures by measured losses."""
 
 from .curves import FixedScores, LossCurve, Scorer, first_order_curve
 from .exact import ExactSearch

@@ -4,11 +4,11 @@ DI tells one channel of a layer from another, and says in one unit, label varian
 of that a refit mends differs from layer to layer and from one set of channels to another, and no score of the unpruned
 network knows it. It can be measured: cut, refit, read the loss on images that were set aside.
 
-A round has two halves. The first lets the channels of one group after the other leave in another order, and measures;
-all changes that helped are then tried together. The second widens one group after the other by a quarter, all giving
-way in proportion so that the budgets hold: the differences are the gradient of the measured loss by the logarithms of
-the widths, and ever longer steps against it follow while they help. The best of all that was tried is where either half
-begins.
+First each of the orders in which channels may leave is tried for the whole network. Then come rounds of two halves. One
+lets the channels of one group after the other leave in another order, and measures;
+all changes that helped are then tried together. The other widens one group after the other by about a quarter, all
+giving way in proportion so that the budgets hold: the differences say which widths to raise and which to lower, and
+ever longer steps that way follow while they help. The best of all that was tried is where either half begins.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from statistics import fmean, pstdev
 from ..errors import InfeasibleBudget
 from ..plan import PruningPlan
 
-_WIDER = 1.25
+#: By how much a group is widened; by more where its grid of widths is so coarse that it would not change.
+_WIDER = (1.25, 1.5, 2.0, 3.0)
 _STEPS = (0.1, 0.2, 0.4, 0.8)
 
 
@@ -47,7 +48,7 @@ def measured_plan(
     rounds: int,
     tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[PruningPlan, Wish]:
-    """The plan of the smallest measured loss among those that were tried, `start` among them, and the wish behind it.
+    """The plan of the smallest measured loss among those that were tried, `start` among them, and its proportions.
 
     Args:
         start: its channels have left in order 0.
@@ -91,6 +92,13 @@ class _Tried:
         except InfeasibleBudget:
             return inf
 
+    def width(self, wish: Wish, name: str) -> int:
+        """A group's width by a wish; 0 where it cannot be met."""
+        try:
+            return self.plan_for(wish).widths[name]
+        except InfeasibleBudget:
+            return 0
+
     def measure(self, plan: PruningPlan, wish: Wish) -> float:
         key = tuple(sorted(plan.kept.items()))
         if key not in self._losses:
@@ -113,11 +121,10 @@ def _better_orders(tried: _Tried, orders: int) -> None:
 
 
 def _better_widths(tried: _Tried) -> None:
-    """Widths that lie against the gradient."""
+    """Steps towards the widths that helped and away from those that did not."""
     wish, before = tried.wish, tried.best_loss
     centre = wish.profile
-    rises = {name: tried.loss(replace(wish, profile={**centre, name: max(width * _WIDER, width + 1)})) - before
-             for name, width in centre.items()}  # fmt: skip
+    rises = {name: tried.loss(_wider(tried, wish, name)) - before for name in centre}
     finite = [rise for rise in rises.values() if isfinite(rise)]
     if len(finite) < 2 or not pstdev(finite):
         return
@@ -129,3 +136,10 @@ def _better_widths(tried: _Tried) -> None:
         if loss > last:
             break
         last = loss
+
+
+def _wider(tried: _Tried, wish: Wish, name: str) -> Wish:
+    """The wish with one group a step wider, if it can be."""
+    width = wish.profile[name]
+    wishes = [replace(wish, profile={**wish.profile, name: max(width * factor, width + 1)}) for factor in _WIDER]
+    return next((wider for wider in wishes if tried.width(wider, name) > width), wishes[0])

@@ -8,20 +8,24 @@ that buys shows after recovery (see the study under benchmarks/).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..costs import Budget, CostModel
 from ..errors import UserError
 from ..filter_distances import filter_distances
+from ..network import NetworkTrace
 from ..plan import PathPoint, PruningPlan
 from ..ranking import ByLoss, hand_out
+from ..recovery import Reconstruct
+from ..run_folder import TRIALS
 from ..scoring import GroupScores
 from ..search import Wish, first_order_curve, measured_plan, plan_at, widest
-from .cut_loss import CutLoss
+from ..team import current_team
+from .cut_loss import CutLoss, Remembered
 from .job import Job, Shrunk
 from .one_shot import OneShot
 
@@ -32,12 +36,15 @@ class MeasuredCuts:
 
     Attributes:
         rounds: of the descent, at most.
+        disguise: whether images [N, C, H, W] are judged turned, scaled and lit differently, as the network has not seen
+            them; False where that would change what they show (spectrograms, say). Other inputs stay as they are.
 
     Raises:
         UserError: fewer than one round.
     """
 
     rounds: int = 4
+    disguise: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.rounds, int) or self.rounds < 1:
@@ -57,68 +64,88 @@ class MeasuredCuts:
         Raises:
             InfeasibleBudget: no structure within reach meets the budgets.
         """
-        loss_of = CutLoss(job.model, job.trace, job.split.scoring, job.split.holdout, once.get_labels, once.forward)
-        return once.carry_out(job, job.plan(self.descent(once, scores, job.costs, loss_of, job.tell).plan))
+        loss_of = self.cut_loss(once, job.model, job.trace, job.split.scoring, job.split.holdout)
+        remembered = Remembered(loss_of, job.folder.stage(TRIALS))
+        descent = self.descent(once, job.model, job.trace, scores, job.costs, remembered, job.tell)
+        return once.carry_out(job, job.plan(descent.plan))
+
+    def cut_loss(
+        self, once: OneShot, model: nn.Module, trace: NetworkTrace, images: Iterable[Any], judged: Iterable[Any]
+    ) -> CutLoss:
+        """What trials are judged by: the refit of one shot, or what it has instead."""
+        refits = [repair for repair in once.repairs if isinstance(repair, Reconstruct)] or once.repairs
+        return CutLoss(model, trace, images, judged, once.get_labels, once.forward, refits[0], self.disguise)
 
     def descent(
-        self, once: OneShot, scores: GroupScores, costs: Sequence[CostModel], loss_of: CutLoss,
-        tell: Callable[[str], None] = lambda _: None,
+        self, once: OneShot, model: nn.Module, trace: NetworkTrace, scores: GroupScores, costs: Sequence[CostModel],
+        loss_of: Callable[[PruningPlan], float], tell: Callable[[str], None] = lambda _: None,
     ) -> Descent:  # fmt: skip
-        """The search for the plan, ready to be asked."""
-        orders = (replace(once, ranking=ranking) for ranking in (once.ranking, ByLoss()))
-        losses = [*(by.losses(loss_of.trace, scores) for by in orders), _by_distance(loss_of, scores)]
-        return Descent(self.rounds, once, losses, costs, loss_of, tell)
+        """The search for a network's plan, ready to be asked."""
+        orders = [once.losses(trace, scores), replace(once, ranking=ByLoss()).losses(trace, scores),
+                  _by_distance(model, trace, scores)]  # fmt: skip
+        # Machines may round differently, and a tie would tell their plans apart.
+        current_team().follow_first([losses for order in orders for losses in order.values()])
+        return Descent(self.rounds, once, trace, orders, costs, loss_of, tell)
 
 
-def _by_distance(loss_of: CutLoss, scores: GroupScores) -> dict[str, Tensor]:
-    """DI's losses, handed out in the order of the filters' distances."""
-    return {g.name: hand_out(scores.scores[g.name], filter_distances(loss_of.model, g), g.blocks)
-            for g in loss_of.trace.prunable}  # fmt: skip
+def _by_distance(model: nn.Module, trace: NetworkTrace, scores: GroupScores) -> dict[str, Tensor]:
+    """DI's losses, handed out in the order of the filters' distances where there are filters."""
+    found = {}
+    for group in trace.prunable:
+        losses, distances = scores.scores[group.name], filter_distances(model, group)
+        found[group.name] = hand_out(losses, losses if distances is None else distances, group.blocks)
+    return found
 
 
 @dataclass
 class Descent:
-    """The search for one network's plan, for whatever budgets are asked for.
+    """The search for the plan of one network under one set of budgets.
 
     Attributes:
+        rounds: at most.
         once: makes the plan to start from.
-        losses: for every order in which channels may leave, group name -> [channels], DI's losses handed out in it; the
+        orders: ways in which channels may leave; each is group name -> [channels], DI's losses handed out in it. The
             first one is that of the plan to start from.
+        costs: recorded in the plan, one at least for every budget.
         loss_of: what a plan's network loses, measured.
+        tell: called with one line a round.
+        start: the plan by DI alone, once it was made.
+        found: the proportions that the descent has ended with.
     """
 
     rounds: int
     once: OneShot
-    losses: Sequence[Mapping[str, Tensor]]
+    trace: NetworkTrace
+    orders: Sequence[Mapping[str, Tensor]]
     costs: Sequence[CostModel]
-    loss_of: CutLoss
+    loss_of: Callable[[PruningPlan], float]
     tell: Callable[[str], None] = lambda _: None
-    found: Wish | None = None
+    start: PruningPlan | None = field(default=None, init=False)
+    found: Wish | None = field(default=None, init=False)
 
     def plan(self, budgets: Sequence[Budget]) -> PruningPlan:
-        """The plan for these budgets; asked again (by the clock, for a little less), in the proportions found before.
+        """The plan for these budgets. Asked again (by the clock, for a little less), the proportions stay as found.
 
         Raises:
             InfeasibleBudget: no structure within reach meets the budgets.
         """
 
         def plan_for(wish: Wish) -> PruningPlan:
-            trace, losses = self.loss_of.trace, {name: self.losses[i][name] for name, i in wish.orders.items()}
-            return plan_at(
-                trace, losses, self.costs, widest(trace, self.costs, budgets, self.once.limits, wish.profile)
-            )
+            losses = {name: self.orders[i][name] for name, i in wish.orders.items()}
+            widths = widest(self.trace, self.costs, budgets, self.once.limits, wish.profile)
+            return plan_at(self.trace, losses, self.costs, widths)
 
-        if self.found is not None:
-            return plan_for(self.found)
-        start = self.once.plan(self.loss_of.trace, self.losses[0], self.costs, budgets)
-        plan, self.found = measured_plan(start, plan_for, self.loss_of, orders=len(self.losses), rounds=self.rounds,
-                                         tell=self.tell)  # fmt: skip
-        return plan if plan is start else self._with_path(plan, start)
+        if self.start is not None and self.found is not None:
+            return self._with_path(plan_for(self.found), self.start)
+        self.start = self.once.plan(self.trace, self.orders[0], self.costs, budgets)
+        plan, self.found = measured_plan(self.start, plan_for, self.loss_of, orders=len(self.orders),
+                                         rounds=self.rounds, tell=self.tell)  # fmt: skip
+        return plan if plan is self.start else self._with_path(plan, self.start)
 
     def _with_path(self, plan: PruningPlan, start: PruningPlan) -> PruningPlan:
         """The plan with the path of the search that it began with, and where it went from there."""
-        curves = {g.name: first_order_curve(g, self.losses[0][g.name]) for g in self.loss_of.trace.prunable}
-        gone = {g.name: (g.channels - plan.widths[g.name]) // g.blocks for g in self.loss_of.trace.prunable}
+        curves = {g.name: first_order_curve(g, self.orders[0][g.name]) for g in self.trace.prunable}
+        gone = {g.name: (g.channels - plan.widths[g.name]) // g.blocks for g in self.trace.prunable}
         lost = sum(curve.losses[gone[name]] for name, curve in curves.items())
         there = PathPoint(lost, {name: cost.predicted for name, cost in plan.costs.items()})
         return replace(plan, path=(*start.path, there), found_by="corrected by the measured loss of refitted cuts")
