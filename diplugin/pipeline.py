@@ -103,8 +103,8 @@ def compress(
         budgets: limits, each on `macs`, `params`, `memory_mb`, or `latency_ms` (which needs a table).
         latency_table: of the target device.
         recovery: `FineTuning` or `Distillation`; None takes no gradient step, the repairs still run.
-        strategy: such as `MeasuredCuts`, which corrects the plan by trial cuts, or `StructureDistillation`, which prunes
-            in steps; None shrinks the network at once by DI's plan.
+        strategy: such as `MeasuredCuts`, which corrects the plan by trial cuts, or `StructureDistillation`, which
+            prunes in steps; None shrinks the network at once by DI's plan.
         bits: settings of `diplugin.quantize`; None leaves the weights in float.
         out: run folder, new or empty; None writes nothing.
         test_loader: data that is read once, at the end, to judge by; None judges on the holdout.

@@ -24,8 +24,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate of recovery (default 0.02)")
     parser.add_argument("--strategy", choices=("one-shot", "measured-cuts", "structure-distillation"),
                         default="one-shot",
-                        help="prune at once; by a plan corrected by what trial cuts lose (minutes and more); or in steps "
-                        "with the unpruned network as teacher between them (default one-shot)")  # fmt: skip
+                        help="prune at once; by a plan corrected by what trial cuts lose (minutes and more); or in "
+                        "steps with the unpruned network as teacher between them (default one-shot)")  # fmt: skip
     parser.add_argument("--rounds", type=positive, metavar="N", help="of measured-cuts, at most (default 4)")
     parser.add_argument("--steps", type=positive, metavar="N", help="of structure-distillation (default 4)")
     parser.add_argument("--step-epochs", type=int, metavar="N",
