@@ -102,27 +102,6 @@ def test_a_share_for_a_teacher_asks_for_one() -> None:
         protocol.Recipe(teacher_weight=0.5).train(nn.Linear(2, 2), torch.zeros(4, 2), torch.zeros(4).long(), seed=0)
 
 
-def test_a_disguise_of_no_strength_is_the_image_or_its_mirror_image() -> None:
-    x = torch.rand(32, 3, 9, 9)
-    seen = protocol.disguised(x, torch.Generator().manual_seed(0), turn=0.0, scale=0.0, light=0.0)
-    same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(seen, x, strict=True)]
-    mirrored = [torch.allclose(a, b.flip(-1), atol=1e-5) for a, b in zip(seen, x, strict=True)]
-    assert all(a != b for a, b in zip(same, mirrored, strict=True))
-    assert any(same) and any(mirrored)
-
-
-def test_a_disguise_turns_an_image_about_its_middle() -> None:
-    x = torch.zeros(64, 1, 17, 17)
-    x[:, 0, 8, 11] = 1.0  # three pixels right of the middle, and so far from it when turned
-    seen = protocol.disguised(x, torch.Generator().manual_seed(0), turn=1.0, scale=0.0, light=0.0)
-    places = torch.arange(17.0) - 8
-    mass = seen.sum((1, 2, 3))
-    columns, rows = (seen.sum(2)[:, 0] * places).sum(1) / mass, (seen.sum(3)[:, 0] * places).sum(1) / mass
-    torch.testing.assert_close((columns**2 + rows**2).sqrt(), torch.full((64,), 3.0), atol=0.3, rtol=0)
-    assert columns.min() < 0 < columns.max()
-    assert rows.std() > 0.5
-
-
 @pytest.mark.slow
 def test_fine_tuning_shared_by_two_processes_ends_with_the_rows_of_one(tmp_path: Path) -> None:
     def run(out: str, *more: str) -> list[dict[str, Any]]:

@@ -353,6 +353,7 @@ def test_a_broken_run_folder_is_one_line_and_leaves_the_old_page(tmp_path: Path,
 FIGURE = st.one_of(st.none(), st.integers(-(10**20), 10**20), st.floats(allow_nan=False, allow_infinity=False))
 KEYS = ("accuracy", "macs", "size_mb", "latency_ms_predicted", "latency_ms_measured", "energy")
 FIGURES = st.fixed_dictionaries(dict.fromkeys(KEYS, FIGURE))
+NOTHING: dict[str, Any] = dict.fromkeys(KEYS)
 BUDGET = st.fixed_dictionaries({
     "cost": st.sampled_from(("macs", "latency_ms", "else")), "asked": st.floats(-1e300, 1e300), "predicted": FIGURE,
     "measured": FIGURE, "met": st.sampled_from((None, True, False)),
@@ -364,6 +365,9 @@ BUDGET = st.fixed_dictionaries({
        path=st.lists(st.tuples(st.floats(0, 1e30), st.floats(-1e30, 1e30)), max_size=4),
        scores=st.lists(st.floats(-1e30, 1e30), min_size=8, max_size=8), di=st.floats(-5, 5))  # fmt: skip
 @example(stages=[dict.fromkeys(KEYS, 0.0), dict.fromkeys(KEYS, 1.7e308)], budgets=[], path=[], scores=[0.0] * 8, di=0.0)
+@example(stages=[NOTHING | {"latency_ms_measured": 0}, NOTHING | {"latency_ms_measured": 1}, NOTHING | {"accuracy": 0},
+                 NOTHING | {"accuracy": 0, "latency_ms_measured": -1e308}],
+         budgets=[], path=[], scores=[0.0] * 8, di=0.0)  # fmt: skip
 def test_any_finite_figures_make_a_page(
     tmp_path: Path, stages: list[dict[str, Any]], budgets: list[dict[str, Any]], path: list[tuple[float, float]],
     scores: list[float], di: float,

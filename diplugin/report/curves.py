@@ -66,7 +66,7 @@ def calibration(run: Run) -> Drawing | None:
     """Latency predicted against measured: the table's calibration nets, and this run's own two."""
     nets = calibration_points(run.table)
     own = [(s.name, s.get("latency_ms_predicted"), s.get("latency_ms_measured")) for s in run.stages]
-    mine = [(name, p, m) for name, p, m in own if p is not None and m is not None]
+    mine = [(name, p, m) for name, p, m in own if p is not None and p >= 0 and m is not None and m >= 0]
     if not nets and len(mine) < 2:
         return None
     size, left, bottom, top = 340, 50, 44, 24
@@ -113,7 +113,7 @@ def journey(run: Run) -> Drawing | None:
     # Recovery changes weights, not structure: the recovered network's cost is the pruned one's too.
     shared = run.last(cost, quantized=False)
     points = [(s.name, s.get(cost) if s.get(cost) is not None else shared, s.get("accuracy")) for s in run.stages]
-    known = [(n, c, a) for n, c, a in points if c is not None and a is not None and 0 <= a <= 1]
+    known = [(n, c, a) for n, c, a in points if c is not None and c >= 0 and a is not None and 0 <= a <= 1]
     if len(known) < 2:
         return None
     height, left, bottom, top = 220, 58, 44, 24
