@@ -233,20 +233,20 @@ class Compress:
         pruned: dict[float, nn.Module | None] = {}
         for fraction in fractions:
             try:
-                plan = self._plan(case, scores, judged, Budget("macs", fraction=fraction))
+                plan = self._plan(case, scores, Budget("macs", fraction=fraction))
             except InfeasibleBudget:
                 pruned[fraction] = None
                 continue
             pruned[fraction] = self.strategy.carve(case.model, case.images, case.trace, plan, judge)[0].eval()
         return pruned
 
-    def _plan(self, case: Case, scores: GroupScores, judged: Iterable[Any], budget: Budget) -> PruningPlan:
+    def _plan(self, case: Case, scores: GroupScores, budget: Budget) -> PruningPlan:
         once, costs = self.strategy, [macs(case.trace)]
         if self.measured is None:
             return once.search(case.trace, scores, costs, [budget])
         if case.holdout is None:
             raise UserError("expected a holdout to measure cuts on, got none")
-        loss_of = self.measured.cut_loss(once, case.model, case.trace, case.images, judged)
+        loss_of = self.measured.cut_loss(once, case.model, case.trace, case.images, case.holdout)
         descent = self.measured.descent(once, case.model, case.trace, scores, costs, loss_of, self.tell)
         return descent.plan([budget])
 

@@ -65,6 +65,13 @@ def broken(): raise OSError("no such disk")
 
 
 @pytest.fixture
+def not_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX files are other tests' affair, and take seconds each."""
+    monkeypatch.setattr("diplugin.measurements.Measure.exported", lambda *_: {"size_mb": 0.1})
+    monkeypatch.setattr("diplugin.measurements.Measure.timed", lambda _, *paths: [None] * len(paths))
+
+
+@pytest.fixture
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"cli_code_{abs(hash(tmp_path))}"
     (tmp_path / f"{name}.py").write_text(MODULE)
@@ -80,8 +87,6 @@ def refused(
     """Runs `compress` with one thing wrong; gives back the message once code, form and folder are checked."""
 
     # None of these runs gets as far as a result: exporting the unpruned network would be most of their time.
-    monkeypatch.setattr("diplugin.measurements.Measure.exported", lambda *_: {"size_mb": 0.1})
-    monkeypatch.setattr("diplugin.measurements.Measure.timed", lambda _, *paths: [None] * len(paths))
 
     def run(*, exit_code: int = 2, **changes: str) -> str:
         options = {"model": f"{code}:Net", "data": f"{code}:data", "example-shape": "1,3,8,8", "budget": "macs=0.5",
@@ -228,10 +233,8 @@ def test_a_run_folder_that_is_torn(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_structure_distillation(
-    code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], not_exported: None
 ) -> None:
-    monkeypatch.setattr("diplugin.measurements.Measure.exported", lambda *_: {"size_mb": 0.1})
-    monkeypatch.setattr("diplugin.measurements.Measure.timed", lambda _, *paths: [None] * len(paths))
     argv = ["compress", f"{code}:Net", f"{code}:data", "--example-shape=1,3,8,8", "--budget=macs=0.6", "--epochs=1",
             "--search=exact", "--strategy=structure-distillation", "--steps=2",
             f"--out={tmp_path / 'run'}"]  # fmt: skip
@@ -241,11 +244,7 @@ def test_structure_distillation(
     assert "Step by step" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_measured_cuts(
-    code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("diplugin.measurements.Measure.exported", lambda *_: {"size_mb": 0.1})
-    monkeypatch.setattr("diplugin.measurements.Measure.timed", lambda _, *paths: [None] * len(paths))
+def test_measured_cuts(code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], not_exported: None) -> None:
     argv = ["compress", f"{code}:Net", f"{code}:data", "--example-shape=1,3,8,8", "--budget=macs=0.6", "--epochs=0",
             "--strategy=measured-cuts", "--rounds=1", f"--out={tmp_path / 'run'}"]  # fmt: skip
     assert main(argv) == 0
