@@ -2,12 +2,14 @@
 
     python benchmarks/fine_tune.py --data DIR --weights DIR [--only WORDS] [--seeds 0,1,2] [--epochs 10]
                                    [--images 20000] [--lr .02] [--teacher 0] [--judge test] [--compile]
-                                   [--workers N] [--fractions .5,.3] [--json OUT] [--quick]
-    python benchmarks/fine_tune.py --data DIR --weights DIR --long --device cuda --json OUT
+                                   [--workers N] [--fractions .5,.3] [--cuts DIR] [--json OUT] [--quick]
+    python benchmarks/fine_tune.py --data DIR --weights DIR --long --device cuda --together 4 --json OUT
 
 Short form (CPU): ResNet-20 to 50 and 30 % of its MACs, 10 epochs on 20,000 images, lr .02 with a cosine, 3 seeds. Long
 form (GPU): ResNet-56 to 1 / 2.11 and 1 / 2.6, 100 epochs on all images but the holdout, lr .01, milestones 60 and 80.
-A killed run goes on where OUT ends, row by row; `--workers` deals the contenders out to so many processes.
+A killed run goes on where OUT ends, row by row; `--workers` deals the contenders out to so many processes, `--together`
+trains so many networks at once on one GPU. `--cuts` keeps the pruned networks in a folder, and with `--cut` nothing is
+trained: prune where there is time, train where there is a GPU.
 `--teacher .7` lets the unpruned network teach every contender, as `Distillation` does in the product by default.
 
 `L2, uniform, reconstructed` gives the structure of uniform widths and largest filter norms the refit that `compress`
@@ -30,11 +32,14 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import Data, Notebook, Recipe, Row, arguments, at_least, case_of, chosen, network, print_targets, prune
+from cuts import Cuts
+from protocol import Data, Notebook, Row, arguments, at_least, case_of, chosen, network, print_targets, prune
 from torch import nn
+from training import Recipe, Training, train_together
 
 from diplugin.accuracy import accuracy
 from diplugin.compare import count_macs
@@ -114,6 +119,15 @@ def _squares(model: nn.Module, group: ChannelGroup) -> torch.Tensor:
     return total
 
 
+@dataclass(frozen=True)
+class Job:
+    """One row to be."""
+
+    contender: Contender
+    fraction: float
+    seed: int
+
+
 @dataclass
 class Bench:
     """One network, its contenders and what they share."""
@@ -123,52 +137,76 @@ class Bench:
     model: nn.Module
     book: Notebook
     judged: Any
+    cuts: Cuts
 
     def __post_init__(self) -> None:
         self.case = case_of(self.model, self.data, CALIBRATION)
         self.base = count_macs(self.model, self.case.inputs)
         print(f"unpruned: {100 * accuracy(self.model, self.judged):.2f} %", flush=True)
-        self.training = tuple(t.to(self.setting.device)
-                              for t in self.data.training(CALIBRATION, self.setting.recipe.images))  # fmt: skip
+        device = torch.device(self.setting.device)
+        self.judged = [(x.to(device), y.to(device)) for x, y in self.judged]
+        self.training = tuple(t.to(device) for t in self.data.training(CALIBRATION, self.setting.recipe.images))
         self.pruned: dict[tuple[str, float], nn.Module | None] = {}
 
-    def run(self, contenders: Sequence[Contender], seeds: Sequence[int]) -> None:
+    def run(self, contenders: Sequence[Contender], seeds: Sequence[int], together: int = 1) -> None:
         """The rows that the notebook does not hold, one seed of everybody before the next."""
-        for seed in seeds:
-            for contender in contenders:
-                for fraction in self.setting.fractions:
-                    self.row(contender, fraction, seed)
+        jobs = [Job(c, f, seed) for seed in seeds for c in contenders for f in self.setting.fractions]
+        jobs = [job for job in jobs if not self.book.has(**self.key(job))]
+        for first in range(0, len(jobs), together):
+            self.rows(jobs[first : first + together])
 
-    def row(self, contender: Contender, fraction: float, seed: int) -> None:
-        key = {**self.setting.key, "contender": contender.name, "target": fraction, "seed": seed}
-        if self.book.has(**key):
-            return
-        pruned = self.cut(contender, fraction)
-        if pruned is None:
-            print(f"{contender.name}: {fraction:.0%} is out of reach")
-            return
-        row = {**key, "macs": count_macs(pruned, self.case.inputs) / self.base, "network": fingerprint(pruned)}
-        row |= self.twin_of(row) or self.trained(pruned, seed)
-        self.book.add(row)
-        print(f"{self.setting.net} {fraction:4.0%} {contender.name:32} seed {seed}  "
-              f"{row['one_shot']:6.2f} -> {row['top1']:6.2f}", flush=True)  # fmt: skip
+    def key(self, job: Job) -> Row:
+        return {**self.setting.key, "contender": job.contender.name, "target": job.fraction, "seed": job.seed}
+
+    def rows(self, jobs: Sequence[Job]) -> None:
+        """Train what nobody has trained yet, all at once, and note every job's row."""
+        rows: list[tuple[Row, nn.Module]] = []
+        for job in jobs:
+            pruned = self.cut(job.contender, job.fraction)
+            if pruned is None:
+                print(f"{job.contender.name}: {job.fraction:.0%} is out of reach")
+                continue
+            cost = count_macs(pruned, self.case.inputs) / self.base
+            rows.append(({**self.key(job), "macs": cost, "network": fingerprint(pruned)}, pruned))
+        new = {(row["network"], row["seed"]): (row, pruned) for row, pruned in rows if not self.twin_of(row)}
+        trained = dict(zip(new, self.trained(list(new.values())), strict=True))
+        for row, _ in rows:
+            row |= self.twin_of(row) or trained[row["network"], row["seed"]]
+            self.book.add(row)
+            print(f"{self.setting.net} {row['target']:4.0%} {row['contender']:32} seed {row['seed']}  "
+                  f"{row['one_shot']:6.2f} -> {row['top1']:6.2f}", flush=True)  # fmt: skip
+
+    def cut_all(self, contenders: Sequence[Contender]) -> None:
+        """Networks for `Cuts` to keep."""
+        for contender in contenders:
+            for fraction in self.setting.fractions:
+                pruned = self.cut(contender, fraction)
+                share = count_macs(pruned, self.case.inputs) / self.base if pruned is not None else None
+                print(f"{contender.name:32} {fraction:4.0%} "
+                      f"{'out of reach' if share is None else f'{share:.4f} of the MACs'}", flush=True)  # fmt: skip
 
     def cut(self, contender: Contender, fraction: float) -> nn.Module | None:
         key = contender.name, fraction
         if key not in self.pruned:
-            self.pruned[key] = prune(contender, self.case, (fraction,)).get(fraction)
+            self.pruned[key] = self.cuts.get(*key, lambda: prune(contender, self.case, (fraction,)).get(fraction))
         return self.pruned[key]
 
-    def trained(self, pruned: nn.Module, seed: int) -> Row:
-        before = 100 * accuracy(pruned, self.judged)
-        student = copy.deepcopy(pruned).to(self.setting.device)
-        tuned = self.setting.recipe.train(student, *self.training, seed, self.model)
-        return {"one_shot": before, "top1": 100 * accuracy(tuned.cpu(), self.judged)}
+    def trained(self, new: Sequence[tuple[Row, nn.Module]]) -> list[Row]:
+        """What the judge says of networks before and after their training."""
+        if not new:
+            return []
+        students = [copy.deepcopy(pruned).to(self.setting.device) for _, pruned in new]
+        before = [100 * accuracy(student, self.judged) for student in students]
+        train_together([Training(self.setting.recipe, student, *self.training, row["seed"], self.model)
+                        for student, (row, _) in zip(students, new, strict=True)])  # fmt: skip
+        after = [100 * accuracy(student, self.judged) for student in students]
+        found = zip(before, after, strict=True)
+        return [{"one_shot": b, "top1": a, "device": self.training[0].device.type} for b, a in found]
 
     def twin_of(self, row: Row) -> Row | None:
         """What the very same network came to with the same seed under another contender's name."""
         same = {**self.setting.key, "seed": row["seed"], "network": row["network"]}
-        return next(({k: other[k] for k in ("one_shot", "top1")} for other in self.book.rows
+        return next(({k: other[k] for k in ("one_shot", "top1", "device") if k in other} for other in self.book.rows
                      if same.items() <= other.items()), None)  # fmt: skip
 
 
@@ -243,9 +281,16 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--judge", choices=("test", "holdout", "unfamiliar"), default="test")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the work and OUT")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--together", type=int, default=1, metavar="N", help="networks that train at once on a GPU")
+    parser.add_argument("--cuts", type=Path, metavar="DIR", help="where pruned networks are kept and looked for")
+    parser.add_argument("--cut", action="store_true", help="prune into --cuts and train nothing")
     args = parser.parse_args()
     if args.workers > 1 and args.json is None:
         parser.error("--workers wants --json OUT, where their rows meet")
+    if args.cut and args.cuts is None:
+        parser.error("--cut wants --cuts DIR, where the networks go")
+    if args.together < 1 or (args.together > 1 and args.device == "cpu"):
+        parser.error(f"expected --together 1, or more on a GPU, got {args.together} on {args.device}")
     if not 0 <= (args.teacher_weight or 0) <= 1:
         parser.error(f"expected --teacher in [0, 1], got {args.teacher_weight}")
     if args.quick:
@@ -276,9 +321,14 @@ def main() -> None:
         share_out(args.workers)
         book = Notebook(args.json, book.keys)
     else:
-        bench = Bench(setting, data, network(setting.net, args.weights), book, judged)
-        bench.run(wanted[args.worker or 0 :: args.workers], [int(seed) for seed in args.seeds.split(",")])
-    if args.worker is None:
+        cuts = Cuts(args.cuts, lambda: network(setting.net, args.weights))
+        bench = Bench(setting, data, cuts.fresh(), book, judged, cuts)
+        mine = wanted[args.worker or 0 :: args.workers]
+        if args.cut:
+            bench.cut_all(mine)
+        else:
+            bench.run(mine, [int(seed) for seed in args.seeds.split(",")], args.together)
+    if args.worker is None and not args.cut:
         print_table(book.rows, setting)
         targets = targets_of(book.rows, setting)
         book.write(targets)

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch_pruning as tp
-from protocol import Data, Notebook, Recipe, arguments, network, print_targets, timed
+from protocol import Data, Notebook, arguments, network, print_targets, timed
 from torch import Tensor, nn
+from training import Recipe
 
 from diplugin.accuracy import accuracy
 from diplugin.costs import Budget, CostModel, LatencyCost, PeakActivationMemory, SeparableCost, macs, params

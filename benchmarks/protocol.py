@@ -1,4 +1,4 @@
-"""What the accuracy benchmarks share: the networks, CIFAR-10 and its split, one recipe of recovery, rows and targets.
+"""What the accuracy benchmarks share: the networks, CIFAR-10 and its split, rows and targets.
 
 The test split is read by `Data.judge` alone, at the end of a row. What is chosen is chosen on `Data.holdout`,
 the last 5,000 training images, which nobody calibrates or trains on. The networks' makers did, though, and the networks
@@ -8,7 +8,6 @@ know them by heart: `Data.unfamiliar` shows the same images turned, scaled and d
 from __future__ import annotations
 
 import argparse
-import copy
 import fcntl
 import json
 import os
@@ -22,15 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diplugin.contenders import Case, Contender
 from diplugin.disguise import disguised
 from diplugin.network import trace_network
-from diplugin.recovery.losses import teacher_loss
-from diplugin.sources import flip_and_shift
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples are not installed
 
@@ -116,72 +112,6 @@ def prune(contender: Contender, case: Case, fractions: Sequence[float]) -> Mappi
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return contender.prune(case, fractions)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Fine-tuning, the same for every contender: SGD with momentum, flips and shifts, the last epoch's weights.
-
-    Attributes:
-        milestones: epochs after which the learning rate falls tenfold; empty for a cosine to zero.
-        teacher_weight: share of the unpruned network's say in the loss, as in `diplugin.recovery.Distillation`.
-        compiled: train through `torch.compile`, half as fast again on a CPU; needs a C++ compiler.
-    """
-
-    epochs: int = 10
-    images: int = 20_000
-    lr: float = 0.02
-    batch: int = 128
-    weight_decay: float = 5e-4
-    milestones: tuple[int, ...] = ()
-    teacher_weight: float = 0.0
-    compiled: bool = False
-
-    def rate(self, step: int, steps: int) -> float:
-        if self.milestones:
-            epoch = step * self.epochs // steps
-            return self.lr * 0.1 ** sum(epoch >= m for m in self.milestones)
-        return self.lr * 0.5 * (1 + float(np.cos(np.pi * step / steps)))
-
-    def train(self, model: nn.Module, x: Tensor, y: Tensor, seed: int, teacher: nn.Module | None = None) -> nn.Module:
-        """Train in place on images that lie where the model does; returns it in eval mode."""
-        torch.manual_seed(seed)
-        torch.compiler.reset()  # the compiler gives up on code that it has seen with many shapes
-        model = model.to(memory_format=torch.channels_last).train()
-        optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay)
-        per_epoch = len(x) // self.batch
-        forward, taught = self._ready(model), self._taught(teacher, x.device)
-        for epoch in range(self.epochs):
-            order = torch.randperm(len(x))
-            for i in range(per_epoch):
-                ids = order[i * self.batch : (i + 1) * self.batch]
-                for group in optimizer.param_groups:
-                    group["lr"] = self.rate(epoch * per_epoch + i, self.epochs * per_epoch)
-                images = flip_and_shift(x[ids]).contiguous(memory_format=torch.channels_last)
-                loss = taught(forward(images), images, y[ids])
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-        return model.eval()
-
-    def _ready(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        return torch.compile(model) if self.compiled else model
-
-    def _taught(self, teacher: nn.Module | None, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The loss of (logits, images, labels), the teacher's part included where it has one."""
-        weight = self.teacher_weight
-        if not weight:
-            return lambda logits, _, labels: F.cross_entropy(logits, labels)
-        if teacher is None:
-            raise ValueError("a teacher's weight asks for a teacher")
-        says = self._ready(copy.deepcopy(teacher).to(device, memory_format=torch.channels_last).eval())
-
-        def loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-            with torch.no_grad():
-                told = says(images)
-            return (1 - weight) * F.cross_entropy(logits, labels) + weight * teacher_loss(logits, told)
-
-        return loss
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

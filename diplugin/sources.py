@@ -98,15 +98,25 @@ def flip_and_shift(x: Tensor, pad: int = 4) -> Tensor:
 
     Drawn on the CPU, so that a seed gives the same images on every device.
     """
-    images, _, height, width = x.shape
-    flips = (torch.rand(images) < 0.5).to(x.device)
-    x = torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x)
+    return flipped_and_shifted(x, draw_moves(len(x), pad).to(x.device), pad)
+
+
+def draw_moves(images: int, pad: int = 4) -> Tensor:
+    """For every image a flip (0 or 1) and the row and column (0 to 2 · pad) where it begins; int64 [3, images]."""
+    flips = torch.rand(images) < 0.5
+    return torch.cat([flips[None].long(), torch.randint(0, 2 * pad + 1, (2, images))])
+
+
+def flipped_and_shifted(x: Tensor, moves: Tensor, pad: int = 4) -> Tensor:
+    """Images [N, C, H, W] after the moves [3, N] that `draw_moves` drew; both lie on one device."""
+    images, channels, height, width = x.shape
+    flip, top, left = moves
+    x = torch.where(flip.bool().view(-1, 1, 1, 1), x.flip(-1), x)
     padded = torch.nn.functional.pad(x, (pad,) * 4)
-    top, left = torch.randint(0, 2 * pad + 1, (2, images))
-    rows = (top[:, None] + torch.arange(height))[:, None, :, None]
-    columns = (left[:, None] + torch.arange(width))[:, None, None, :]
-    image, channel = torch.arange(images)[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None]
-    return padded[image, channel, rows, columns]
+    image, channel, row, column = (torch.arange(n, device=x.device) for n in (images, channels, height, width))
+    rows = (top[:, None] + row)[:, None, :, None]
+    columns = (left[:, None] + column)[:, None, None, :]
+    return padded[image[:, None, None, None], channel[None, :, None, None], rows, columns]
 
 
 def load_data(spec: str, *, example_shape: Sequence[int] | None = None, batch_size: int = 128) -> DataSource:

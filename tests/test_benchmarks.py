@@ -20,6 +20,9 @@ sys.path.append(str(ROOT / "benchmarks"))  # they import one another as scripts 
 
 import fine_tune  # noqa: E402
 import protocol  # noqa: E402
+import training  # noqa: E402
+
+from diplugin.sources import flip_and_shift  # noqa: E402
 
 COMMANDS = [p.name for p in sorted((ROOT / "benchmarks").glob("*.py")) if '__name__ == "__main__"' in p.read_text()]
 
@@ -75,7 +78,7 @@ def test_training_does_the_same_steps_as_a_plain_loop(share: float) -> None:
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
 
     teacher = net(2).eval()
-    recipe = protocol.Recipe(epochs=2, lr=0.1, batch=20, teacher_weight=share)
+    recipe = training.Recipe(epochs=2, lr=0.1, batch=20, teacher_weight=share)
     trained = recipe.train(net(), x, y, seed=3, teacher=teacher)
     twin = net().train()
     torch.manual_seed(3)
@@ -85,7 +88,7 @@ def test_training_does_the_same_steps_as_a_plain_loop(share: float) -> None:
             order = torch.randperm(40)
         ids = order[20 * (step % 2) :][:20]
         optimizer.param_groups[0]["lr"] = 0.05 * (1 + torch.cos(torch.tensor(torch.pi * step / 4)).item())
-        images = protocol.flip_and_shift(x[ids])
+        images = flip_and_shift(x[ids])
         said = twin(images)
         hard = nn.functional.cross_entropy(said, y[ids])
         told, own = (torch.softmax(z / 4, 1) for z in (teacher(images).detach(), said))
@@ -99,7 +102,7 @@ def test_training_does_the_same_steps_as_a_plain_loop(share: float) -> None:
 
 def test_a_share_for_a_teacher_asks_for_one() -> None:
     with pytest.raises(ValueError, match="teacher"):
-        protocol.Recipe(teacher_weight=0.5).train(nn.Linear(2, 2), torch.zeros(4, 2), torch.zeros(4).long(), seed=0)
+        training.Recipe(teacher_weight=0.5).train(nn.Linear(2, 2), torch.zeros(4, 2), torch.zeros(4).long(), seed=0)
 
 
 @pytest.mark.slow
