@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
 from diplugin.discriminant import EXACT, Sketch, label_targets
-from diplugin.features import Observation, score_points
+from diplugin.features import Observation, device_of, score_points
 from diplugin.groups import trace_groups
 from diplugin.taps import AfterActivation, TapPoint, points_of
 
@@ -42,8 +43,12 @@ def resnet50() -> nn.Module:
 
 def conv_points(model: nn.Module, size: int) -> tuple[TapPoint, ...]:
     """What DI scores by default: the input of every layer that reads a prunable group's channels."""
-    groups = [group for group in trace_groups(model, (torch.randn(1, 3, size, size),)) if group.prunable]
+    groups = [group for group in trace_groups(model, (_example(model, size),)) if group.prunable]
     return points_of(groups, AfterActivation())
+
+
+def _example(model: nn.Module, size: int) -> Tensor:
+    return torch.randn(1, 3, size, size, device=device_of(model))
 
 
 def labels_for(images: int, classes: int) -> Tensor:
@@ -62,14 +67,11 @@ def run_di(model: nn.Module, x: Tensor, points: tuple[TapPoint, ...], classes: i
     return 1.0
 
 
-def run_taylor(model: nn.Module, x: Tensor, size: int) -> float:
-    import torch_pruning as tp
-
-    labels = labels_for(len(x), 1000)
+def run_taylor(model: nn.Module, x: Tensor, graph: tp.DependencyGraph) -> float:
+    labels = labels_for(len(x), 1000).to(x.device)
     model.zero_grad()
     for part, ids in zip(x.split(MICRO_BATCH), labels.split(MICRO_BATCH), strict=True):
         nn.functional.cross_entropy(model(part), ids).backward()
-    graph = tp.DependencyGraph().build_dependency(model, (torch.randn(1, 3, size, size),))
     importance = tp.importance.GroupTaylorImportance()
     for group in graph.get_all_groups(root_module_types=(nn.Conv2d,)):
         importance(group)
@@ -77,12 +79,10 @@ def run_taylor(model: nn.Module, x: Tensor, size: int) -> float:
 
 
 def run_hessian(model: nn.Module, x: Tensor) -> float:
-    import torch_pruning as tp
-
     importance = tp.importance.GroupHessianImportance()
     importance.zero_grad()
     some = x[:HESSIAN_IMAGES]
-    for image, label in zip(some.split(1), labels_for(len(some), 1000).split(1), strict=True):
+    for image, label in zip(some.split(1), labels_for(len(some), 1000).to(x.device).split(1), strict=True):
         model.zero_grad()
         nn.functional.cross_entropy(model(image), label).backward()
         importance.accumulate_grad(model)
@@ -91,7 +91,7 @@ def run_hessian(model: nn.Module, x: Tensor) -> float:
 
 def run_autograd(model: nn.Module, x: Tensor, points: tuple[TapPoint, ...]) -> float:
     """The same scores without the algebra: d DI / d mask through an explicit inverse, layer by layer."""
-    targets = label_targets(labels_for(len(x), 10)).float()
+    targets = label_targets(labels_for(len(x), 10)).float().to(x.device)
     modules = dict(model.named_modules())
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -99,12 +99,12 @@ def run_autograd(model: nn.Module, x: Tensor, points: tuple[TapPoint, ...]) -> f
         if maps.ndim < 4:
             return
         with torch.enable_grad():
-            mask = torch.ones(maps.shape[1], requires_grad=True)
+            mask = torch.ones(maps.shape[1], device=maps.device, requires_grad=True)
             flat = (maps * mask.view(-1, 1, 1)).flatten(1)
             flat = flat - flat.mean(0)
             gram = flat @ flat.T
             ridge = 10 * gram.detach().diagonal().mean()
-            inverse = torch.linalg.inv(gram + ridge * torch.eye(len(gram)))
+            inverse = torch.linalg.inv(gram + ridge * torch.eye(len(gram), device=gram.device))
             torch.autograd.grad(torch.trace(targets.T @ gram @ inverse @ targets), mask)
 
     handles = [modules[point.layer].register_forward_pre_hook(hook) for point in points]
@@ -119,13 +119,14 @@ def run_autograd(model: nn.Module, x: Tensor, points: tuple[TapPoint, ...]) -> f
 def contender(name: str, model: nn.Module, x: Tensor, size: int) -> Callable[[], float]:
     """A call that does the work once and returns by what its time is to be multiplied."""
     points = conv_points(model, size)
+    graph = tp.DependencyGraph().build_dependency(model, (_example(model, size),))  # no part of anybody's scoring
     return {
         "forward": lambda: run_forward(model, x),
         "DI": lambda: run_di(model, x, points, 10, Sketch()),
         "DI exact": lambda: run_di(model, x, points, 10, EXACT),
         "DI 1000 classes": lambda: run_di(model, x, points, 1000, Sketch()),
         "DI exact 1000 classes": lambda: run_di(model, x, points, 1000, EXACT),
-        "Taylor": lambda: run_taylor(model, x, size),
+        "Taylor": lambda: run_taylor(model, x, graph),
         "Hessian": lambda: run_hessian(model, x),
         "DI autograd": lambda: run_autograd(model, x, points),
     }[name]
