@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch_pruning as tp
 from safetensors.torch import save_file
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # they import one another as scripts do
 
+import cuts  # noqa: E402
 import fine_tune  # noqa: E402
 import protocol  # noqa: E402
 import training  # noqa: E402
@@ -103,6 +105,56 @@ def test_training_does_the_same_steps_as_a_plain_loop(share: float) -> None:
 def test_a_share_for_a_teacher_asks_for_one() -> None:
     with pytest.raises(ValueError, match="teacher"):
         training.Recipe(teacher_weight=0.5).train(nn.Linear(2, 2), torch.zeros(4, 2), torch.zeros(4).long(), seed=0)
+
+
+def small_net(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3))
+
+
+def trained_on(device: str, nets: list[nn.Module], together: bool) -> list[list[torch.Tensor]]:
+    """What the nets' tensors are after their courses, each with another seed."""
+    recipe = training.Recipe(epochs=3, lr=0.1, batch=16, teacher_weight=0.3)
+    draw = torch.Generator().manual_seed(5)
+    x, y = torch.randn(48, 3, 8, 8, generator=draw).to(device), torch.randint(3, (48,), generator=draw).to(device)
+    runs = [training.Training(recipe, net.to(device), x, y, seed, small_net(9)) for seed, net in enumerate(nets)]
+    for group in [runs] if together else [[run] for run in runs]:
+        training.train_together(group)
+    return [[t.detach().cpu() for t in run.model.state_dict().values()] for run in runs]
+
+
+def test_networks_that_train_together_end_as_they_do_alone() -> None:
+    together = trained_on("cpu", [small_net(1), small_net(2)], together=True)
+    alone = trained_on("cpu", [small_net(1), small_net(2)], together=False)
+    assert all(torch.equal(a, b) for mine, its in zip(together, alone, strict=True)
+               for a, b in zip(mine, its, strict=True))  # fmt: skip
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_does_what_a_step_on_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    on_gpu = trained_on("cuda", [small_net(1), small_net(2)], together=True)
+    on_cpu = trained_on("cpu", [small_net(1), small_net(2)], together=False)
+    for mine, its in zip(on_gpu, on_cpu, strict=True):
+        for a, b in zip(mine, its, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+def test_pruned_networks_come_back_from_their_folder_as_they_were(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 3, 32, 32), protocol.cifar_resnet.resnet20().eval()
+    graph = tp.DependencyGraph().build_dependency(model, x)
+    block: Any = model.layer2[1]
+    graph.get_pruning_group(block.conv1, tp.prune_conv_out_channels, [0, 3, 17]).prune()
+    block.conv2.bias = nn.Parameter(torch.randn(32))  # as repairs may add one
+    kept = cuts.Cuts(tmp_path, lambda: protocol.cifar_resnet.resnet20())
+    assert kept.get("L2, local", 0.5, lambda: model) is model
+    again: Any = kept.get("L2, local", 0.5, lambda: pytest.fail("pruned twice"))
+    assert torch.equal(again(x), model(x))
+    assert fine_tune.fingerprint(again) == fine_tune.fingerprint(model)
+    assert again.layer2[1].conv1.out_channels == again.layer2[1].conv2.in_channels == 29
+    assert kept.get("L2, local", 0.3, lambda: None) is None
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.slow
