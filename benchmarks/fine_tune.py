@@ -30,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,12 @@ from cuts import Cuts
 from protocol import Data, Notebook, Row, arguments, at_least, case_of, chosen, network, print_targets, prune
 from torch import nn
 from training import Recipe, Training, train_together
+from uniform_widths import Uniform, di_losses, norms
 
 from diplugin.accuracy import accuracy
 from diplugin.compare import count_macs
-from diplugin.contenders import Case, Compress, Contender, default_contenders
-from diplugin.costs import macs
-from diplugin.groups import ChannelGroup
-from diplugin.recovery import Cut, Reconstruct
-from diplugin.search import plan_at
-from diplugin.strategies import MeasuredCuts, OneShot
+from diplugin.contenders import Compress, Contender, default_contenders
+from diplugin.strategies import MeasuredCuts
 
 CALIBRATION = 1_500
 SHORT = {"net": "resnet20", "fractions": (0.5, 0.3), "recipe": Recipe()}
@@ -73,50 +70,6 @@ class Setting:
         recipe = self.recipe
         return {"net": self.net, "epochs": recipe.epochs, "images": recipe.images, "lr": recipe.lr,
                 "teacher": recipe.teacher_weight, "judge": self.judge}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """The same share of every group's channels, then our refit: what of our lead is widths, what is ranks and repair.
-
-    Attributes:
-        worth: group name -> [channels] of a case; the largest stay.
-    """
-
-    name: str
-    worth: Callable[[Case], Mapping[str, torch.Tensor]]
-
-    def prune(self, case: Case, fractions: Sequence[float]) -> dict[float, nn.Module | None]:
-        worth, cost = self.worth(case), macs(case.trace)
-        plans = {f: plan_at(case.trace, worth, [cost], self._widths(case, f)) for f in fractions}
-        return {f: Reconstruct().repaired(Cut(case.model, case.images, case.trace, plan)) for f, plan in plans.items()}
-
-    def _widths(self, case: Case, fraction: float) -> dict[str, int]:
-        cost, groups = macs(case.trace), case.trace.prunable
-        for step in range(1000):
-            widths = {g.name: max(1, round(g.channels * (1 - step / 1000))) for g in groups}
-            if cost.cost(widths) <= fraction * cost.base:
-                break
-        return widths
-
-
-def _norms(case: Case) -> dict[str, torch.Tensor]:
-    """Squared norms of every channel's filters, over all layers that write it."""
-    return {group.name: _squares(case.model, group) for group in case.trace.prunable}
-
-
-def _di(case: Case) -> dict[str, torch.Tensor]:
-    """What `compress` ranks channels by."""
-    once = OneShot()
-    return once.losses(case.trace, once.score(case.model, case.images, case.trace))
-
-
-def _squares(model: nn.Module, group: ChannelGroup) -> torch.Tensor:
-    total = torch.zeros(group.channels)
-    for member in group.side("out"):
-        weight: Any = model.get_submodule(member.layer).weight
-        total.index_add_(0, torch.tensor(member.roots), weight.detach().pow(2).flatten(1).sum(1)[list(member.channels)])
-    return total
 
 
 @dataclass(frozen=True)
@@ -213,8 +166,8 @@ class Bench:
 def contenders() -> list[Contender]:
     """Everybody: torch-pruning's criteria, ours, and what sets widths, ranks and repair apart."""
     return [
-        *default_contenders(compress=False), Uniform("L2, uniform, reconstructed", _norms),
-        Uniform("DI, uniform, reconstructed", _di), Compress(),
+        *default_contenders(compress=False), Uniform("L2, uniform, reconstructed", norms),
+        Uniform("DI, uniform, reconstructed", di_losses), Compress(),
         Compress("DI, measured cuts", measured=MeasuredCuts(), tell=print),
     ]  # fmt: skip
 
