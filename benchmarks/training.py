@@ -31,6 +31,7 @@ class Recipe:
         milestones: epochs after which the learning rate falls tenfold; empty for a cosine to zero.
         teacher_weight: share of the unpruned network's say in the loss, as in `diplugin.recovery.Distillation`.
         compiled: train through `torch.compile`, half as fast again on a CPU; needs a C++ compiler.
+        bf16: forward passes in bfloat16, as `torch.autocast` does it.
     """
 
     epochs: int = 10
@@ -41,6 +42,7 @@ class Recipe:
     milestones: tuple[int, ...] = ()
     teacher_weight: float = 0.0
     compiled: bool = False
+    bf16: bool = False
 
     def rate(self, step: int, steps: int) -> float:
         if self.milestones:
@@ -114,7 +116,8 @@ class Training:
             else:
                 group["lr"] = rate.item()
         images = flipped_and_shifted(self._x.index_select(0, ids), moves).contiguous(memory_format=torch.channels_last)
-        loss = self._loss(self._forward(images), images, self._y.index_select(0, ids))
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._recipe.bf16, cache_enabled=False):
+            loss = self._loss(self._forward(images), images, self._y.index_select(0, ids))
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()

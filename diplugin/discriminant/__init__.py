@@ -29,7 +29,7 @@ from diplugin.discriminant.exact import (
 )
 from diplugin.discriminant.removal import Elimination, backward_elimination, removal_losses
 from diplugin.discriminant.streaming import EXACT, ChunkScores, ScoreAverage, Sketch, chunk_scores
-from diplugin.discriminant.targets import label_targets, warn_if_saturated
+from diplugin.discriminant.targets import label_targets, unit_targets, warn_if_saturated
 
 __all__ = [
     "EXACT",
@@ -47,5 +47,6 @@ __all__ = [
     "label_targets",
     "perturbation_scores",
     "removal_losses",
+    "unit_targets",
     "warn_if_saturated",
 ]

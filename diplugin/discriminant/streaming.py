@@ -34,6 +34,8 @@ from .targets import check_length, check_positive, unit_targets
 BLOCK_ELEMENTS = 1 << 23
 #: Elements of a product FᵀZ that stay in a processor's cache until they are squared and summed: twice as fast.
 PRODUCT_ELEMENTS = 1 << 18
+#: The same on a GPU, which rather waits for each product to begin.
+GPU_PRODUCT_ELEMENTS = 1 << 24
 #: From so many columns an image on, following fewer directions saves more than finding them costs.
 WORTH_EIGENVECTORS = 32
 #: Where centring removes all but this share of the energy, float32 products no longer hold enough digits.
@@ -65,8 +67,8 @@ EXACT = Sketch(None, None)
 
 @dataclass(frozen=True)
 class ChunkScores:
-    """First-order scores of one tensor on one chunk: `scores` float64 [C] and `di` in fractions of label variance,
-    `ridge` the absolute ρ used, `images` the size of the chunk."""
+    """First-order scores of one tensor on one chunk: `scores` float64 [C], on the CPU, and `di` in fractions of label
+    variance, `ridge` the absolute ρ used, `images` the size of the chunk."""
 
     scores: Tensor
     di: float
@@ -146,7 +148,7 @@ def chunk_scores(
                 return fast
     problem = make_problem(features.movedim(channel_dim, 1), targets, rho, ridge)
     scores, di = problem_scores(problem)
-    return ChunkScores(scores, di, problem.ridge * problem.scale * problem.scale, len(features))
+    return ChunkScores(scores.cpu(), di, problem.ridge * problem.scale * problem.scale, len(features))
 
 
 @dataclass(frozen=True)
@@ -180,9 +182,13 @@ def _flat_maps(features: Tensor, channel_dim: int) -> _Maps:
 
 
 def _fast_scores(maps: _Maps, targets: Tensor, rho: float, ridge: float | None, sketch: Sketch) -> ChunkScores | None:
-    """Scores by float32 products, or None where those would not hold enough digits."""
+    """Scores by float32 products, or None where those would not hold enough digits.
+
+    What is N×N lives on the CPU: a GPU takes longer for matrices so small, and every look at a number waits for it.
+    """
     images = len(maps.view)
     gram, share = _gram(maps.flat, sketch.columns)
+    gram = gram.cpu()
     raw_energy = float(gram.diagonal().sum())
     gram = gram - gram.mean(0)
     gram = gram - gram.mean(1, keepdim=True)
@@ -190,8 +196,8 @@ def _fast_scores(maps: _Maps, targets: Tensor, rho: float, ridge: float | None, 
     if not (ENERGY_RANGE[0] < raw_energy < ENERGY_RANGE[1]) or energy < MIN_VARIATION * raw_energy:
         return None
     absolute = check_positive(rho, "rho") * energy / images if ridge is None else check_positive(ridge, "ridge") * share
-    targets = unit_targets(targets.to(gram.device))
-    shifted = gram + absolute * torch.eye(images, dtype=gram.dtype, device=gram.device)
+    targets = unit_targets(targets.cpu())
+    shifted = gram + absolute * torch.eye(images, dtype=gram.dtype)
     factor, failed = torch.linalg.cholesky_ex(shifted)
     if int(failed):
         return None
@@ -199,7 +205,7 @@ def _fast_scores(maps: _Maps, targets: Tensor, rho: float, ridge: float | None, 
     di = float((targets * (gram @ solution)).sum())
     # Scaled to order one, so that float32 holds it whatever the scale of the features.
     size = float(solution.abs().max())
-    energies = _energies(maps, solution / size, sketch)
+    energies = _energies(maps, (solution / size).to(maps.view.device), sketch).cpu()
     # The sketched ridge is `share` of the whole one, and the solution 1/share of the whole one's.
     scores = energies.mul_(2 * absolute * size * size * share)
     return ChunkScores(scores, di, absolute / share, images) if bool(torch.isfinite(scores).all()) else None
@@ -221,10 +227,11 @@ def _gram(flat: Tensor, columns: int | None) -> tuple[Tensor, float]:
 def _energies(maps: _Maps, solution: Tensor, sketch: Sketch) -> Tensor:
     """‖F_cᵀZ‖² of every channel, float64 [C]; `solution` is Z [N, L]."""
     # Eigenvectors cost as much as the products of a small map, and more than those of any on a GPU.
-    worth = solution.device.type == "cpu" and maps.flat.shape[1] >= WORTH_EIGENVECTORS * len(solution)
+    on_cpu = maps.view.device.type == "cpu"
+    worth = on_cpu and maps.flat.shape[1] >= WORTH_EIGENVECTORS * len(solution)
     limit = sketch.directions if worth else None
     directions, weights, tail = _directions(solution, limit)
-    width = max(256, PRODUCT_ELEMENTS // len(directions))
+    width = max(256, (PRODUCT_ELEMENTS if on_cpu else GPU_PRODUCT_ELEMENTS) // len(directions))
     squares = [weights @ (directions @ block.float()).square_() for block in maps.flat.split(width, dim=1)]
     energies = torch.cat(squares).view(maps.view.shape[1:]).sum((0, 2), dtype=torch.float64)
     return energies if tail == 0 else energies.add_(maps.squares, alpha=tail).clamp_(min=0)

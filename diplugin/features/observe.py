@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..discriminant import ChunkScores, ScoreAverage, Sketch, label_targets, warn_if_saturated
+from ..discriminant import ChunkScores, ScoreAverage, Sketch, label_targets, unit_targets, warn_if_saturated
 from ..errors import DataError, DipluginError, ModelError, first_line
 from ..taps import TapPoint
 from ..team import Team, current_team
@@ -131,10 +131,13 @@ def _forward(forward: Forward, model: nn.Module, batch: Any) -> None:
 
 
 def _targets(seen: Observation, batch: Any) -> Tensor | None:
-    """Centred targets of a chunk; None for a chunk of one class, in which there is nothing to tell apart."""
+    """Centred targets of a chunk, no more columns than images.
+
+    None for a chunk of one class, in which there is nothing to tell apart.
+    """
     labels = seen.get_labels(batch)
     if not isinstance(labels, Tensor):
         raise DataError(f"expected labels as a tensor, got {type(labels).__name__}; pass get_labels=")
     if labels.ndim in (1, 2) and len(labels) > 0 and bool((labels == labels[0]).all()):
         return None
-    return label_targets(labels, class_weight=seen.class_weight)
+    return unit_targets(label_targets(labels, class_weight=seen.class_weight))  # once, and not for every layer
