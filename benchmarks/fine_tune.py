@@ -69,7 +69,7 @@ class Setting:
         """What a row must share with this run to be one of its rows."""
         recipe = self.recipe
         return {"net": self.net, "epochs": recipe.epochs, "images": recipe.images, "lr": recipe.lr,
-                "teacher": recipe.teacher_weight, "judge": self.judge}  # fmt: skip
+                "teacher": recipe.teacher_weight, "bf16": recipe.bf16, "judge": self.judge}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class Bench:
     def __post_init__(self) -> None:
         self.case = case_of(self.model, self.data, CALIBRATION)
         self.base = count_macs(self.model, self.case.inputs)
-        print(f"unpruned: {100 * accuracy(self.model, self.judged):.2f} %", flush=True)
         device = torch.device(self.setting.device)
         self.judged = [(x.to(device), y.to(device)) for x, y in self.judged]
+        print(f"unpruned: {100 * accuracy(copy.deepcopy(self.model).to(device), self.judged):.2f} %", flush=True)
         self.training = tuple(t.to(device) for t in self.data.training(CALIBRATION, self.setting.recipe.images))
         self.pruned: dict[tuple[str, float], nn.Module | None] = {}
 
@@ -231,6 +231,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--lr", type=float)
     parser.add_argument("--teacher", dest="teacher_weight", type=float, metavar="SHARE", help="of the loss")
     parser.add_argument("--compile", dest="compiled", action="store_true", default=None, help="train compiled")
+    parser.add_argument("--bf16", action="store_true", default=None, help="train in bfloat16")
     parser.add_argument("--judge", choices=("test", "holdout", "unfamiliar"), default="test")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the work and OUT")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -255,7 +256,9 @@ def parsed() -> argparse.Namespace:
 def setting_of(args: argparse.Namespace) -> Setting:
     setting = Setting(**(LONG if args.long else SHORT), device=args.device, judge=args.judge)
     changes = {
-        k: v for k in ("epochs", "images", "lr", "teacher_weight", "compiled") if (v := getattr(args, k)) is not None
+        k: v
+        for k in ("epochs", "images", "lr", "teacher_weight", "compiled", "bf16")
+        if (v := getattr(args, k)) is not None
     }
     fractions = tuple(float(f) for f in args.fractions.split(",")) if args.fractions else setting.fractions
     return replace(setting, fractions=fractions, recipe=replace(setting.recipe, **changes))
@@ -265,6 +268,7 @@ def main() -> None:
     args = parsed()
     warnings.simplefilter("ignore")
     setting = setting_of(args)
+    torch.backends.cudnn.benchmark = args.long  # to try kernels out takes seconds a network
     data = Data.read(args.data)
     read = {"test": data.judge, "holdout": data.holdout, "unfamiliar": data.unfamiliar}[args.judge]
     judged = read(1_000) if args.quick else read()

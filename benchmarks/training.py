@@ -130,8 +130,9 @@ class Training:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
+                self._at.zero_()
                 self._step()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream):  # records, and does nothing yet
             self._step()
         self.model.load_state_dict(before)
         self._at.zero_()
