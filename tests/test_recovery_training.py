@@ -185,3 +185,11 @@ def test_divergence_is_said(make_net: MakeNet, make_images: Any) -> None:
     model, _ = make_net("plain")
     with pytest.raises(DataError, match="lower the learning rate"):
         train(model, make_images(64).loader(8), FineTuning(epochs=30, lr=1e30))
+
+
+def test_an_overflow_that_batchnorm_hides_from_the_loss_is_a_divergence() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    for weight in list(model.parameters())[:1]:
+        weight.data.mul_(1e25)  # a variance beyond float32, by which the layer behind divides
+    with pytest.raises(DataError, match="lower the learning rate"):
+        train(model, [(torch.randn(8, 1, 2, 2), torch.arange(8) % 2)], FineTuning(epochs=1))

@@ -103,7 +103,7 @@ def train(
         extra: one more term of the loss, asked once both networks have run on a batch.
 
     Raises:
-        DataError: no batches, or a loss that is not finite.
+        DataError: no batches, or a loss or a network that is no longer finite.
     """
     steps = _length(loader)
     optimizer = torch.optim.SGD(_groups(model, settings.weight_decay), lr=settings.lr, momentum=settings.momentum,
@@ -123,13 +123,17 @@ def train(
                     group["lr"] = settings.lr * _lr_factor(step, total, settings.warm_up)
                 losses.append(_step(model, batch, optimizer, settings, guide, get_labels, forward, extra, shared))
             loss = sum(losses) / max(1, len(losses))
-            if not math.isfinite(loss):
+            if not (math.isfinite(loss) and _is_finite(model)):  # BatchNorm hides an overflow from the loss
                 raise DataError(f"training diverged in epoch {epoch + 1} (loss {loss}); lower the learning rate")
             if team.rank == 0:
                 _save_state(checkpoint, model, optimizer, epoch + 1)
             if on_epoch:
                 on_epoch(EpochReport(epoch + 1, settings.epochs, loss))
     return model
+
+
+def _is_finite(model: nn.Module) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in model.state_dict().values() if t.is_floating_point())
 
 
 def _length(loader: Iterable[Any]) -> int:
