@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from .errors import DataError, MissingExtraError, ModelError, first_line
 from .surgery import load_weights, read_weights
@@ -123,11 +123,21 @@ def load_data(spec: str, *, example_shape: Sequence[int] | None = None, batch_si
     """The data that a specification names.
 
     Args:
-        example_shape: of the model's input; image folders are resized to its last two numbers.
+        example_shape: of the model's input; image folders are resized to its last two numbers, other images must fit.
 
     Raises:
-        DataError: an unknown name, missing or broken files, or no images.
+        DataError: an unknown name, missing or broken files, no images, or images of another shape.
     """
+    source = _source(spec, example_shape, batch_size)
+    data = source.train.dataset
+    if example_shape is not None and isinstance(data, Images | TensorDataset):  # in memory: a look at one is free
+        here, asked = (" x ".join(map(str, shape)) for shape in (data[0][0].shape, example_shape[1:]))
+        if here != asked:
+            raise DataError(f"expected inputs of {asked} as the example shape says, {spec} has {here}")
+    return source
+
+
+def _source(spec: str, example_shape: Sequence[int] | None, batch_size: int) -> DataSource:
     kind, _, place = spec.partition(":")
     if kind == "digits" and not place:
         return _digits(batch_size)

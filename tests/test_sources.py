@@ -263,6 +263,14 @@ def test_a_callable_that_exits_is_no_way_out(tmp_path: Path, monkeypatch: pytest
         load_model("leaves_early:net")
 
 
+def test_data_must_fit_the_example_shape() -> None:
+    assert load_data("digits", example_shape=(1, 1, 24, 24)).name == "digits"
+    for shape in ((1, 1, 8, 8), (1, 3, 24, 24), (1, 24, 24)):
+        with pytest.raises(DataError, match="digits has 1 x 24 x 24") as caught:
+            load_data("digits", example_shape=shape)
+        assert "\n" not in str(caught.value)
+
+
 # --- augmentation ---
 
 
