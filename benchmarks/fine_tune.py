@@ -7,9 +7,9 @@
 
 Short form (CPU): ResNet-20 to 50 and 30 % of its MACs, 10 epochs on 20,000 images, lr .02 with a cosine, 3 seeds. Long
 form (GPU): ResNet-56 to 1 / 2.11 and 1 / 2.6, 100 epochs on all images but the holdout, lr .01, milestones 60 and 80.
-A killed run goes on where OUT ends, row by row; `--workers` deals the contenders out to so many processes, `--together`
-trains so many networks at once on one GPU. `--cuts` keeps the pruned networks in a folder, and with `--cut` nothing is
-trained: prune where there is time, train where there is a GPU.
+A killed run goes on where OUT ends, row by row, and inside a row every 2,000 steps; `--workers` deals the contenders
+out to so many processes, `--together` trains so many networks at once on one GPU. `--cuts` keeps the pruned networks in
+a folder, and with `--cut` nothing is trained: prune where there is time, train where there is a GPU.
 `--teacher .7` lets the unpruned network teach every contender, as `Distillation` does in the product by default.
 
 `L2, uniform, reconstructed` gives the structure of uniform widths and largest filter norms the refit that `compress`
@@ -150,8 +150,9 @@ class Bench:
             return []
         students = [copy.deepcopy(pruned).to(self.setting.device) for _, pruned in new]
         before = [100 * accuracy(student, self.judged) for student in students]
-        train_together([Training(self.setting.recipe, student, *self.training, row["seed"], self.model)
-                        for student, (row, _) in zip(students, new, strict=True)])  # fmt: skip
+        trainings = [Training(self.setting.recipe, student, *self.training, row["seed"], self.model)
+                     for student, (row, _) in zip(students, new, strict=True)]  # fmt: skip
+        train_together(trainings, [path for row, _ in new if (path := self.book.beside(row))])
         after = [100 * accuracy(student, self.judged) for student in students]
         found = zip(before, after, strict=True)
         return [{"one_shot": b, "top1": a, "device": self.training[0].device.type} for b, a in found]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import json
 import os
 import sys
@@ -138,6 +139,13 @@ class Notebook:
 
     def has(self, **key: Any) -> bool:
         return any(all(row.get(k) == key[k] for k in self.keys) for row in self.rows)
+
+    def beside(self, row: Row) -> Path | None:
+        """A file for what becomes of this row, apart from every other row's; None where nothing is written."""
+        if self._path is None:
+            return None
+        name = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
+        return self._path.with_name(f"{self._path.stem}-{name}.safetensors")
 
     def add(self, row: Row) -> None:
         with self._alone():

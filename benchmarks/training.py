@@ -10,14 +10,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diplugin.recovery.losses import teacher_loss
 from diplugin.sources import draw_moves, flipped_and_shifted
+from diplugin.whole_files import writing_whole
 
 #: Steps before a capture: libraries choose their kernels and allocate in them.
 WARM_UP = 3
@@ -100,11 +103,43 @@ class Training:
         self._optimizer = torch.optim.SGD(self.model.parameters(), rate, momentum=0.9,
                                           weight_decay=recipe.weight_decay, fused=x.is_cuda)  # fmt: skip
         self._at = torch.zeros(1, dtype=torch.int64, device=x.device)
-        self.step: Callable[[], None] = self._captured() if x.is_cuda else self._step
+        self.done = 0
+        self._take_step = self._captured() if x.is_cuda else self._step
 
     @property
     def steps(self) -> int:
         return len(self._course.rates)
+
+    def step(self) -> None:
+        self._take_step()
+        self.done += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """All that later steps depend on, on the CPU."""
+        _wait()
+        moving = {f"momentum.{i}": buffer for i, buffer in enumerate(self._momentum())}
+        own = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        return {
+            name: value.detach().cpu().contiguous().clone() for name, value in {**own, **moving, "at": self._at}.items()
+        }
+
+    def take_up(self, state: dict[str, Tensor]) -> None:
+        """Go on where a `state` was; a captured step goes on in the same memory."""
+        self.model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+        for i, buffer in enumerate(self._momentum()):
+            buffer.copy_(state[f"momentum.{i}"])
+        self._at.copy_(state["at"])
+        self.done = int(state["at"])
+
+    def _momentum(self) -> list[Tensor]:
+        """Of every parameter; zeros before the first step, which are what a first step assumes."""
+        found = []
+        for parameter in self.model.parameters():
+            held = self._optimizer.state[parameter]
+            if held.get("momentum_buffer") is None:
+                held["momentum_buffer"] = torch.zeros_like(parameter)
+            found.append(held["momentum_buffer"])
+        return found
 
     def _step(self) -> None:
         """The step that `self._at` counts; nothing in it waits for a GPU, or is decided by Python there."""
@@ -136,8 +171,8 @@ class Training:
             self._step()
         self.model.load_state_dict(before)
         self._at.zero_()
-        for state in self._optimizer.state.values():
-            state["momentum_buffer"].zero_()
+        for buffer in self._momentum():
+            buffer.zero_()
         torch.cuda.synchronize()
 
         def step() -> None:
@@ -166,13 +201,29 @@ class Training:
         return loss
 
 
-def train_together(trainings: Sequence[Training]) -> None:
-    """All to their ends, a step of each in turn; the networks are in eval mode then."""
-    for step in range(max(t.steps for t in trainings)):
-        for training in trainings:
-            if step < training.steps:
-                training.step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def train_together(trainings: Sequence[Training], kept: Sequence[Path] | None = None, every: int = 2_000) -> None:
+    """All to their ends, a step of each in turn; the networks are in eval mode then.
+
+    Args:
+        kept: one file for each, where it is written every so many steps, taken up from, and deleted at its end.
+    """
+    files = dict(zip(trainings, kept or (), strict=False))
+    for training, path in files.items():
+        if path.exists():
+            training.take_up(load_file(path))
+    while unfinished := [t for t in trainings if t.done < t.steps]:
+        for training in unfinished:
+            training.step()
+            if training in files and training.done % every == 0 and training.done < training.steps:
+                with writing_whole(files[training]) as partial:
+                    save_file(training.state(), partial)
+    _wait()
     for training in trainings:
         training.model.eval()
+    for path in files.values():
+        path.unlink(missing_ok=True)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch_pruning as tp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,6 +128,28 @@ def test_networks_that_train_together_end_as_they_do_alone() -> None:
     alone = trained_on("cpu", [small_net(1), small_net(2)], together=False)
     assert all(torch.equal(a, b) for mine, its in zip(together, alone, strict=True)
                for a, b in zip(mine, its, strict=True))  # fmt: skip
+
+
+def test_a_training_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    class Killed(training.Training):
+        def step(self) -> None:
+            if self.done == 7:
+                raise KeyboardInterrupt
+            super().step()
+
+    def run(kind: type[training.Training], seed: int) -> training.Training:
+        return kind(training.Recipe(epochs=3, lr=0.1, batch=16), small_net(seed), x, y, seed=4)
+
+    x, y, path = torch.randn(48, 3, 8, 8), torch.randint(3, (48,)), tmp_path / "half.safetensors"
+    whole, again = run(training.Training, 1), run(training.Training, 2)
+    training.train_together([whole])
+    with pytest.raises(KeyboardInterrupt):
+        training.train_together([run(Killed, 1)], [path], every=5)
+    assert int(load_file(path)["at"]) == 5
+    training.train_together([again], [path], every=5)
+    for ours, theirs in zip(again.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not path.exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -36,7 +36,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def arguments(model: str, *more: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     score.add_parser(parser.add_subparsers())
-    return parser.parse_args(["score", model, "digits", "--example-shape", "1,1,16,16", *more])
+    return parser.parse_args(["score", model, "digits", "--example-shape", "1,1,24,24", *more])
 
 
 def test_scores_profile_and_file(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

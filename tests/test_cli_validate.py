@@ -36,7 +36,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def arguments(model: str, *more: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     validate.add_parser(parser.add_subparsers())
-    return parser.parse_args(["validate", model, "digits", "--example-shape", "1,1,16,16", "--images", "300", *more])
+    return parser.parse_args(["validate", model, "digits", "--example-shape", "1,1,24,24", "--images", "300", *more])
 
 
 def test_tables_and_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ if sys.argv[3] == "interrupted":
             raise KeyboardInterrupt
     pipeline._Run._epoch = epoch
 more = {"resumed": ["--resume"], "measured": ["--strategy", "measured-cuts", "--rounds", "1"]}.get(sys.argv[3], [])
-sys.exit(main(["compress", "net:net", "digits", "--example-shape", "1,1,16,16", "--budget", "macs=0.5", "--images",
+sys.exit(main(["compress", "net:net", "digits", "--example-shape", "1,1,24,24", "--budget", "macs=0.5", "--images",
                "300", "--epochs", "3", "--out", sys.argv[2], *more]))
 """
 
