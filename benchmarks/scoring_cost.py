@@ -259,8 +259,8 @@ def main() -> None:
         rows = scoring_on_gpu.measure_all(names, args.images, args.size, args.rounds, args.device)
         where = torch.cuda.get_device_name(args.device)
     print(f"ResNet-50, {args.images} images at {args.size} x {args.size}, {where}\n{table(rows)}")
-    settings = {"images": args.images, "size": args.size, "threads": args.threads, "rounds": args.rounds,
-                "torch": torch.__version__, "device": where}  # fmt: skip
+    settings = {"images": args.images, "size": args.size, "device": where, "rounds": args.rounds,
+                "torch": torch.__version__}  # fmt: skip
     record: dict[str, Any] = {"settings": settings, "rows": rows}
     if on_cpu and not args.only:
         record |= {"growth": growth(args), "search": search_seconds(args.size)}
