@@ -45,6 +45,7 @@ from uniform_widths import Uniform, di_losses, norms
 from diplugin.accuracy import accuracy
 from diplugin.compare import count_macs
 from diplugin.contenders import Compress, Contender, default_contenders
+from diplugin.recovery import Recalibrate
 from diplugin.strategies import MeasuredCuts
 
 CALIBRATION = 1_500
@@ -170,6 +171,8 @@ def contenders() -> list[Contender]:
         *default_contenders(compress=False), Uniform("L2, uniform, reconstructed", norms),
         Uniform("DI, uniform, reconstructed", di_losses), Compress(),
         Compress("DI, measured cuts", measured=MeasuredCuts(), tell=print),
+        Compress("DI, compress, recalibrated", repairs=(Recalibrate(),)),
+        Compress("DI, measured cuts, recalibrated", measured=MeasuredCuts(), tell=print, repairs=(Recalibrate(),)),
     ]  # fmt: skip
 
 
