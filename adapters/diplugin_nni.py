@@ -29,7 +29,7 @@ from diplugin.masks import dead_channels, follower_masks, followers, remove_mask
 from diplugin.network import trace_network
 from diplugin.ranking import ByBoth, Ranking, hand_out
 from diplugin.samples import call_inputs, collect, forward_any, images_in, on_cpu
-from diplugin.scoring import group_energies
+from diplugin.scoring import group_energies, group_norms
 from diplugin.strategies import first_images
 from diplugin.taps import Tap
 
@@ -257,7 +257,13 @@ class DIPruner(Pruner):
         model, forward = self.bound_model, self.observation.forward
         batch = to_device(next(iter(chunks(first_images(batches, CHUNK_SIZE)))), device_of(model))
         energies = group_energies(model, batch, self._groups, forward)
-        return lambda group, losses: hand_out(losses, self.ranking(losses, energies.get(group.name)), group.blocks)
+        norms = group_norms(model, self._groups)
+
+        def rank(group: ChannelGroup, losses: Tensor) -> Tensor:
+            values = self.ranking(losses, energies.get(group.name), norms.get(group.name))
+            return hand_out(losses, values, group.blocks)
+
+        return rank
 
     def _calculate_metrics(self, data: Tensors) -> Tensors:
         spaces = self._target_spaces

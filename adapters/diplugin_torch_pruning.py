@@ -47,6 +47,7 @@ from diplugin.features import (
     forward_inputs,
     labels_of,
 )
+from diplugin.filters import filter_norms
 from diplugin.fitted_scores import (
     ChannelCost,
     FittedScores,
@@ -248,7 +249,7 @@ class DIImportance(tp.importance.Importance):
             raise NotFittedError(f"expected a layer of the group of {name!r} to run on the data given to fit, none of "
                                  f"these did: {where}; fit on data that reaches them, or ignore them")  # fmt: skip
         energies = self._energies(converted)
-        scores = self._scores(converted, losses, energies)
+        scores = self._scores(converted, losses, energies, filter_norms(self._layers(graph, full), converted))
         held = None if energies is None else energies[chosen]
         return Explanation(name, "", scores[chosen], losses[chosen], held, tuple(rows))
 
@@ -264,9 +265,13 @@ class DIImportance(tp.importance.Importance):
                     total.index_add_(0, torch.tensor(member.roots), left[list(member.channels)])
         return total
 
-    def _scores(self, group: ChannelGroup, losses: Tensor, energies: Tensor | None) -> Tensor:
+    def _layers(self, graph: Any, group: Any) -> dict[str, nn.Module]:
+        """The group's modules as they are now, by the names of the model that was fitted."""
+        return {self._names.get(m, graph._module2name.get(m, "")): m for m in modules_of(group)}
+
+    def _scores(self, group: ChannelGroup, losses: Tensor, energies: Tensor | None, norms: Tensor | None) -> Tensor:
         scores = losses if self.per_cost is None else losses / self.per_cost(group, self.fitted)
-        scores = hand_out(scores, self.ranking(scores, energies), group.blocks)
+        scores = hand_out(scores, self.ranking(scores, energies, norms), group.blocks)
         return lift_best(scores, self.floor, self._ceiling, group.blocks)
 
     def _named(self, graph: Any, group: Any, converted: ChannelGroup) -> ChannelGroup:

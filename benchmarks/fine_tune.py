@@ -44,7 +44,8 @@ from uniform_widths import Uniform, di_losses, norms
 
 from diplugin.accuracy import accuracy
 from diplugin.compare import count_macs
-from diplugin.contenders import Compress, Contender, default_contenders
+from diplugin.contenders import Compress, Contender, default_contenders, drop_in
+from diplugin.ranking import ByAll
 from diplugin.recovery import Recalibrate
 from diplugin.strategies import MeasuredCuts
 
@@ -171,6 +172,7 @@ def contenders() -> list[Contender]:
         *default_contenders(compress=False), Uniform("L2, uniform, reconstructed", norms),
         Uniform("DI, uniform, reconstructed", di_losses), Compress(),
         Compress("DI, measured cuts", measured=MeasuredCuts(), tell=print),
+        drop_in("DI and norms, local", False, ranking=ByAll()), drop_in("DI and norms, global", True, ranking=ByAll()),
         Compress("DI, compress, recalibrated", repairs=(Recalibrate(),)),
         Compress("DI, measured cuts, recalibrated", measured=MeasuredCuts(), tell=print, repairs=(Recalibrate(),)),
     ]  # fmt: skip

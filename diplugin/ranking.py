@@ -2,8 +2,9 @@
 
 DI losses have one unit everywhere, label variance, so they say well how many channels each layer can spare. Which ones
 those are is another question, asked inside one layer, and there it helps to hear also how much of what the next layer
-writes comes from a channel, labels or not. `hand_out` joins the two: the group's losses, from small to large, are
-handed out along the order in which its channels leave, so that a threshold across the network gives DI's widths.
+writes comes from a channel, labels or not, and how large the filters are that make it. `hand_out` joins the two: the
+group's losses, from small to large, are handed out along the order in which its channels leave, so that a threshold
+across the network gives DI's widths.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from math import ceil
 import torch
 from torch import Tensor
 
-#: From DI losses [C] and reader energies [C] (None where nothing reads): values [C], the smallest leaves first.
-Ranking = Callable[[Tensor, "Tensor | None"], Tensor]
+#: From DI losses [C], reader energies [C] (None where nothing reads) and squared norms of the filters [C] (None where
+#: none produce the channels): values [C], the smallest leaves first.
+Ranking = Callable[[Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
 
 @dataclass(frozen=True)
 class ByLoss:
     """By DI loss alone."""
 
-    def __call__(self, losses: Tensor, energies: Tensor | None) -> Tensor:
+    def __call__(self, losses: Tensor, energies: Tensor | None, norms: Tensor | None = None) -> Tensor:
         return losses
 
 
@@ -31,7 +33,7 @@ class ByLoss:
 class ByEnergy:
     """By how much of the readers' outputs a channel makes."""
 
-    def __call__(self, losses: Tensor, energies: Tensor | None) -> Tensor:
+    def __call__(self, losses: Tensor, energies: Tensor | None, norms: Tensor | None = None) -> Tensor:
         return losses if energies is None else energies
 
 
@@ -41,11 +43,26 @@ class ByBoth:
 
     share: float = 0.5
 
-    def __call__(self, losses: Tensor, energies: Tensor | None) -> Tensor:
+    def __call__(self, losses: Tensor, energies: Tensor | None, norms: Tensor | None = None) -> Tensor:
         if energies is None:
             return losses
         tiny = torch.finfo(torch.float64).tiny
         return energies.double().clamp(min=tiny).log() * self.share + losses.clamp(min=tiny).log() * (1 - self.share)
+
+
+@dataclass(frozen=True)
+class ByAll:
+    """By the mean of two ranks: that of `ByBoth` and that of the filters' norms, which know nothing of the data."""
+
+    both: ByBoth = ByBoth()
+
+    def __call__(self, losses: Tensor, energies: Tensor | None, norms: Tensor | None = None) -> Tensor:
+        values = self.both(losses, energies)
+        return values if norms is None else _ranks(values) + _ranks(norms.to(values.device))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    return values.argsort(stable=True).argsort(stable=True).double()
 
 
 def hand_out(losses: Tensor, values: Tensor, blocks: int = 1) -> Tensor:

@@ -26,6 +26,7 @@ from .features import (
     labels_of,
     score_points,
 )
+from .filters import filter_norms
 from .fitted_scores import weighted_layers
 from .groups import ChannelGroup
 from .modes import evaluating
@@ -46,6 +47,7 @@ class GroupScores:
         rho: the relative ridge.
         energies: group name -> float64 [channels]: how much of what its readers write comes from each channel
             (`reader_energy`); empty where it was not asked for.
+        norms: group name -> float64 [channels]: squared norms of the filters that make each channel; likewise.
     """
 
     scores: Mapping[str, Tensor]
@@ -53,6 +55,7 @@ class GroupScores:
     images: int
     rho: float
     energies: Mapping[str, Tensor] = field(default_factory=dict)
+    norms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def score_groups(
@@ -101,6 +104,13 @@ def score_groups(
         di[group.name] = sum(ran) / len(ran)
     images = max((s.images for s in seen.values()), default=0)
     return GroupScores(scores, di, images, rho)
+
+
+def group_norms(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
+    """Squared norms of the filters that make each channel of the prunable groups, where filters do."""
+    layers = dict(model.named_modules())
+    found = {group.name: filter_norms(layers, group) for group in groups if group.prunable}
+    return {name: norms for name, norms in found.items() if norms is not None}
 
 
 def group_energies(

@@ -17,7 +17,7 @@ LEVELS = [
     {"errors", "whole_files"},
     {"discriminant", "plan", "modes", "samples", "tables", "team", "dependency", "groups", "network", "taps",
      "features", "costs"},
-    {"accuracy", "boundary", "disguise", "export", "filter_distances", "fitted_scores", "holdout", "labels", "latency",
+    {"accuracy", "boundary", "disguise", "export", "filters", "fitted_scores", "holdout", "labels", "latency",
      "layer_scores", "mask_rules", "masks", "measurements", "onnx_inference", "quantize", "ranking", "reader_energy",
      "recovery", "reference", "run_folder", "scoring", "search", "surgery", "survivors"},
     {"compare", "contenders", "report", "sources", "strategies"},

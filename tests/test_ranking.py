@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diplugin.ranking import ByBoth, ByEnergy, ByLoss, hand_out, lift_best
+from diplugin.ranking import ByAll, ByBoth, ByEnergy, ByLoss, hand_out, lift_best
 
 numbers = st.lists(st.floats(0.0, 10.0, allow_subnormal=False), min_size=2, max_size=12)
 
@@ -34,6 +34,15 @@ def test_rankings() -> None:
     assert ByBoth(0.0)(losses, energies).argsort().tolist() == losses.argsort().tolist()
     for ranking in (ByEnergy(), ByBoth()):
         assert ranking(losses, None) is losses
+
+
+def test_two_ranks_count_alike_and_scales_do_not() -> None:
+    losses, energies = torch.tensor([1.0, 4.0, 2.0, 3.0]).double(), torch.tensor([1.0, 4.0, 2.0, 3.0]).double()
+    norms = torch.tensor([300.0, 200.0, 0.1, 100.0]).double()
+    expected = [0 + 3, 3 + 2, 1 + 0, 2 + 1]  # places of the losses and energies, which agree, and of the norms
+    for scale in (1.0, 1e-9):
+        assert ByAll()(losses, energies * scale, norms * scale).tolist() == expected
+    assert ByAll()(losses, energies, None).tolist() == ByBoth()(losses, energies).tolist()
 
 
 def test_a_floor_of_nothing_changes_nothing() -> None:

@@ -19,7 +19,7 @@ from diplugin.costs import Budget, macs, params
 from diplugin.disguise import Disguised
 from diplugin.errors import DataError, InfeasibleBudget, PlanError, UserError
 from diplugin.features import forward_inputs, labels_of
-from diplugin.filter_distances import filter_distances
+from diplugin.filters import filter_distances
 from diplugin.network import trace_network
 from diplugin.plan import PruningPlan
 from diplugin.recovery import FineTuning, Recalibrate, Reconstruct, Reconstruction, reconstruct, train
@@ -157,7 +157,7 @@ def test_channels_may_leave_by_ranking_by_loss_or_by_distance(loss_of: CutLoss) 
         assert torch.equal(by_loss, scores.scores[group.name])
         for losses in (ranked, by_distance):
             assert torch.equal(losses.sort().values, by_loss.sort().values), "one unit, other channels"
-        distances = filter_distances(loss_of.model, group)
+        distances = filter_distances(dict(loss_of.model.named_modules()), group)
         assert distances is not None
         assert by_distance.argsort().tolist() == distances.argsort().tolist()
 

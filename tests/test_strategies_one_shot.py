@@ -52,7 +52,7 @@ def test_the_ranking_decides_who_leaves_and_not_how_many(make_net: MakeNet, make
     costs, budgets = [macs(trace)], [Budget("macs", fraction=0.5)]
     plans = []
 
-    def worst_first(losses: Tensor, energies: Tensor | None) -> Tensor:
+    def worst_first(losses: Tensor, energies: Tensor | None, norms: Tensor | None = None) -> Tensor:
         return -losses
 
     for ranking in (ByLoss(), worst_first):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..costs import Budget, CostModel
 from ..errors import UserError
-from ..filter_distances import filter_distances
+from ..filters import filter_distances
 from ..network import NetworkTrace
 from ..plan import PathPoint, PruningPlan
 from ..ranking import ByLoss, hand_out
@@ -90,9 +90,9 @@ class MeasuredCuts:
 
 def _by_distance(model: nn.Module, trace: NetworkTrace, scores: GroupScores) -> dict[str, Tensor]:
     """DI's losses, handed out in the order of the filters' distances where there are filters."""
-    found = {}
+    found, layers = {}, dict(model.named_modules())
     for group in trace.prunable:
-        losses, distances = scores.scores[group.name], filter_distances(model, group)
+        losses, distances = scores.scores[group.name], filter_distances(layers, group)
         found[group.name] = hand_out(losses, losses if distances is None else distances, group.blocks)
     return found
 

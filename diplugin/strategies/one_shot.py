@@ -19,7 +19,7 @@ from ..network import NetworkTrace
 from ..plan import PruningPlan
 from ..ranking import ByBoth, Ranking, hand_out
 from ..recovery import REPAIRS, Cut, Repair, best_repair
-from ..scoring import GroupScores, group_energies, score_groups
+from ..scoring import GroupScores, group_energies, group_norms, score_groups
 from ..search import FixedScores, GreedySearch, Search, SearchLimits
 from ..taps import AfterActivation, Tap
 from ..team import current_team
@@ -51,22 +51,23 @@ class OneShot:
     forward: Forward = forward_inputs
 
     def score(self, model: nn.Module, loader: Iterable[Any], trace: NetworkTrace) -> GroupScores:
-        """DI of every prunable group, and how much its readers make of each channel."""
+        """DI of every prunable group, how much its readers make of each channel, and how large its filters are."""
         scores = score_groups(
             model, first_images(loader, self.images), trace.groups, rho=self.rho, tap=self.tap,
             get_labels=self.get_labels, forward=self.forward, chunk_size=CHUNK_SIZE,
         )  # fmt: skip
         batch = to_device(next(iter(chunks(first_images(loader, CHUNK_SIZE)))), device_of(model))
-        return replace(scores, energies=group_energies(model, batch, trace.groups, self.forward))
+        energies = group_energies(model, batch, trace.groups, self.forward)
+        return replace(scores, energies=energies, norms=group_norms(model, trace.groups))
 
     def losses(self, trace: NetworkTrace, scores: GroupScores) -> dict[str, Tensor]:
         """What the search takes channels to be worth: DI's losses, handed out in the order of the ranking."""
-        return {
-            g.name: hand_out(
-                scores.scores[g.name], self.ranking(scores.scores[g.name], scores.energies.get(g.name)), g.blocks
-            )
-            for g in trace.prunable
-        }
+        found = {}
+        for g in trace.prunable:
+            losses = scores.scores[g.name]
+            values = self.ranking(losses, scores.energies.get(g.name), scores.norms.get(g.name))
+            found[g.name] = hand_out(losses, values, g.blocks)
+        return found
 
     def search(
         self, trace: NetworkTrace, scores: GroupScores, costs: Sequence[CostModel], budgets: Sequence[Budget]

@@ -1,4 +1,4 @@
-"""Distances of filters against a loop over pairs."""
+"""Norms of filters against a loop, and their distances against a loop over pairs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diplugin.filter_distances import filter_distances
+from diplugin.filters import filter_distances, filter_norms
 from diplugin.groups import ChannelGroup, GroupMember, trace_groups
 
 IMAGES = (torch.zeros(1, 3, 8, 8),)
@@ -23,7 +23,7 @@ def by_loop(filters: Tensor) -> Tensor:
 
 
 def distances_of(net: nn.Module, group: ChannelGroup) -> Tensor:
-    found = filter_distances(net, group)
+    found = filter_distances(dict(net.named_modules()), group)
     assert found is not None
     return found
 
@@ -74,7 +74,9 @@ def test_depthwise_filters_do_not_count() -> None:
 
 def test_channels_that_nothing_produces() -> None:
     members = (GroupMember("0", "in", (0, 1, 2), (0, 1, 2)),)
-    assert filter_distances(nn.Sequential(nn.Conv2d(3, 2, 1)), ChannelGroup("input", 3, members)) is None
+    layers = dict(nn.Sequential(nn.Conv2d(3, 2, 1)).named_modules())
+    group = ChannelGroup("input", 3, members)
+    assert filter_distances(layers, group) is None and filter_norms(layers, group) is None
 
 
 def test_one_in_the_midst_lies_nearest_and_an_odd_one_out_farthest() -> None:
@@ -91,3 +93,19 @@ def test_linear_layers() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 7), nn.ReLU(), nn.Linear(7, 3))
     group = next(g for g in trace_groups(net, IMAGES) if g.prunable)
     torch.testing.assert_close(distances_of(net, group), by_loop(net[1].weight.detach()))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_norms_are_those_of_the_weights_that_produce_a_channel(blocks: int) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 3, groups=blocks), nn.Conv2d(6, 2, 1))
+    groups = {g.name: g for g in trace_groups(net, IMAGES)}
+    for name, weights in (("0", net[0].weight), ("1", net[1].weight)):
+        found, kernels = filter_norms(dict(net.named_modules()), groups[name]), weights.detach().double()  # type: ignore[union-attr]
+        assert found is not None
+        for channel in range(len(found)):
+            if name == "0":
+                own = kernels[channel]
+            else:
+                block, place = divmod(channel, 6 // blocks)
+                own = kernels[4 // blocks * block : 4 // blocks * (block + 1), place]
+            assert float(found[channel]) == pytest.approx(sum(float(w) ** 2 for w in own.flatten()))
