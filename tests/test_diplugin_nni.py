@@ -141,6 +141,20 @@ def test_by_loss_the_channels_of_largest_loss_stay(make_net: MakeNet, make_image
         assert scores[layer][kept].min() >= scores[layer][~kept].max()
 
 
+def test_by_norm_the_channels_with_the_largest_filters_stay(make_net: MakeNet, make_images: MakeImages) -> None:
+    model, _ = make_net("residual")
+    own = {name: sum_of_squares(getattr(model, name)) for name in ("a1", "c1")}
+    _, masks = DIPruner(model, config(model, 0.25), calibration_data=make_images(100).loader(50),
+                        ranking=lambda losses, energies, norms: norms).compress()  # fmt: skip
+    for layer, norms in own.items():
+        kept = masks[layer]["weight"].flatten(1).any(1)
+        assert norms[kept].min() >= norms[~kept].max()
+
+
+def sum_of_squares(layer: Any) -> torch.Tensor:
+    return layer.weight.detach().square().flatten(1).sum(1)
+
+
 def test_tied_layers_agree_without_being_told(make_net: MakeNet, make_images: MakeImages) -> None:
     model, _ = make_net("residual")
     _, masks = DIPruner(model, config(model), calibration_data=make_images(100).loader(50)).compress()

@@ -97,6 +97,25 @@ def test_scores_are_those_of_the_tensor_that_the_next_layer_reads():
     torch.testing.assert_close(importance(group_of(model, "conv1")), channel_scores(seen, y).float())
 
 
+def test_a_ranking_hears_how_large_the_filters_are_when_it_is_asked():
+    heard = []
+
+    def by_norm(losses, energies, norms):
+        heard.append(norms)
+        return norms
+
+    model, (x, y) = make(), data()
+    importance = DIImportance(**{**PLAIN, "ranking": by_norm}).fit(model, [(x, y)])
+    for grown in (1.0, 5.0):
+        model.conv1.weight.data[2] *= grown
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", StaleScoresWarning)
+            scores = importance(group_of(model, "conv1"))
+        norms = torch.tensor([float((kernel.double() ** 2).sum()) for kernel in model.conv1.weight.detach()])
+        torch.testing.assert_close(heard[-1].float(), norms)
+        assert torch.equal(scores.argsort(), norms.argsort())
+
+
 def test_partial_groups_are_scored_like_the_channels_they_hold():
     model = make()
     importance = DIImportance().fit(model, [data()])
