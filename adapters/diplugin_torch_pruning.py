@@ -267,7 +267,7 @@ class DIImportance(tp.importance.Importance):
 
     def _layers(self, graph: Any, group: Any) -> dict[str, nn.Module]:
         """The group's modules as they are now, by the names of the model that was fitted."""
-        return {self._names.get(m, graph._module2name.get(m, "")): m for m in modules_of(group)}
+        return {self._names.get(m, str(graph._module2name.get(m, ""))): m for m in modules_of(group)}
 
     def _scores(self, group: ChannelGroup, losses: Tensor, energies: Tensor | None, norms: Tensor | None) -> Tensor:
         scores = losses if self.per_cost is None else losses / self.per_cost(group, self.fitted)
