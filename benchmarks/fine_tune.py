@@ -46,7 +46,6 @@ from diplugin.accuracy import accuracy
 from diplugin.compare import count_macs
 from diplugin.contenders import Compress, Contender, default_contenders, drop_in
 from diplugin.ranking import ByAll
-from diplugin.recovery import Recalibrate
 from diplugin.strategies import MeasuredCuts
 
 CALIBRATION = 1_500
@@ -173,8 +172,6 @@ def contenders() -> list[Contender]:
         Uniform("DI, uniform, reconstructed", di_losses), Compress(),
         Compress("DI, measured cuts", measured=MeasuredCuts(), tell=print),
         drop_in("DI and norms, local", False, ranking=ByAll()), drop_in("DI and norms, global", True, ranking=ByAll()),
-        Compress("DI, compress, recalibrated", repairs=(Recalibrate(),)),
-        Compress("DI, measured cuts, recalibrated", measured=MeasuredCuts(), tell=print, repairs=(Recalibrate(),)),
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from .errors import InfeasibleBudget, UserError
 from .features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
 from .network import NetworkTrace
 from .plan import PruningPlan
-from .recovery import Repair, recalibrate_batchnorm
+from .recovery import recalibrate_batchnorm
 from .scoring import GroupScores
 from .strategies import MeasuredCuts, OneShot
 
@@ -216,19 +216,16 @@ class Compress:
     Attributes:
         measured: corrects the plan by what cut networks lose; None leaves it to DI alone.
         tell: called with one line for every round of that.
-        repairs: tried on the cut network instead of the strategy's; trials of `measured` keep those.
     """
 
     name: str = "DI, compress"
     strategy: OneShot = field(default_factory=OneShot)
     measured: MeasuredCuts | None = None
     tell: Callable[[str], None] = lambda _: None
-    repairs: tuple[Repair, ...] | None = None
 
     def prune(self, case: Case, fractions: Sequence[float]) -> dict[float, nn.Module | None]:
         scores = self.strategy.score(case.model, case.images, case.trace)
         judged = case.holdout if case.holdout is not None else case.images
-        carver = replace(self.strategy, repairs=self.repairs or self.strategy.repairs)
 
         def judge(model: nn.Module) -> float:
             return accuracy(model, judged, get_labels=case.get_labels, forward=case.forward)
@@ -240,7 +237,7 @@ class Compress:
             except InfeasibleBudget:
                 pruned[fraction] = None
                 continue
-            pruned[fraction] = carver.carve(case.model, case.images, case.trace, plan, judge)[0].eval()
+            pruned[fraction] = self.strategy.carve(case.model, case.images, case.trace, plan, judge)[0].eval()
         return pruned
 
     def _plan(self, case: Case, scores: GroupScores, budget: Budget) -> PruningPlan:

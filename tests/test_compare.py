@@ -11,12 +11,8 @@ from torch import Tensor, nn
 
 from diplugin.compare import Comparison, Row, compare, count_macs
 from diplugin.contenders import Case, Compress, Criterion, default_contenders, drop_in, torch_pruning_contenders
-from diplugin.costs import Budget, macs
 from diplugin.errors import BudgetError, DataError
 from diplugin.network import trace_network
-from diplugin.recovery import Recalibrate, recalibrate_batchnorm
-from diplugin.strategies import MeasuredCuts, OneShot
-from diplugin.surgery import apply_plan
 
 
 def trained(make_net, images) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -73,26 +69,6 @@ def test_compress_meets_the_target(make_net, make_images) -> None:
     result = compare(model, images.loader(40), example_inputs=inputs, test_loader=images.loader(60), fractions=(0.5,),
                      contenders=[Compress()], holdout=images.loader(30))  # fmt: skip
     assert result.rows[0].macs is not None and result.rows[0].macs <= 0.5
-
-
-def test_compress_may_be_repaired_by_less_than_its_trials(make_net, make_images) -> None:
-    images = make_images(120)
-    model, inputs = trained(make_net, images)
-    case = Case(model, inputs, trace_network(model, inputs), list(images.loader(40)), list(images.loader(30)))
-    once, measured = OneShot(), MeasuredCuts(rounds=1)
-    refitted = Compress(measured=measured).prune(case, (0.5,))[0.5]
-    pruned = Compress(measured=measured, repairs=(Recalibrate(),)).prune(case, (0.5,))[0.5]
-    assert pruned is not None and refitted is not None
-
-    scores, costs = once.score(model, case.images, case.trace), [macs(case.trace)]
-    assert case.holdout is not None
-    loss_of = measured.cut_loss(once, model, case.trace, case.images, case.holdout)
-    plan = measured.descent(once, model, case.trace, scores, costs, loss_of).plan([Budget("macs", fraction=0.5)])
-    twin = recalibrate_batchnorm(apply_plan(copy.deepcopy(model), plan, inputs), case.images)
-    for ours, theirs in zip(pruned.state_dict().values(), twin.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    shapes = [[p.shape for p in net.parameters()] for net in (pruned, refitted)]
-    assert shapes[0] == shapes[1]
 
 
 def test_a_target_out_of_reach_is_an_empty_row(make_net, make_images) -> None:
