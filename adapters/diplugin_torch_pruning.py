@@ -31,6 +31,7 @@ from diplugin_torch_pruning_groups import (
     fault_of,
     key_of,
     modules_of,
+    norms_of,
     peek,
     wanted_points,
     whole_group,
@@ -47,7 +48,6 @@ from diplugin.features import (
     forward_inputs,
     labels_of,
 )
-from diplugin.filters import filter_norms
 from diplugin.fitted_scores import (
     ChannelCost,
     FittedScores,
@@ -237,7 +237,8 @@ class DIImportance(tp.importance.Importance):
         note = fault_of(full)
         if note:
             return Explanation(name, note, None, None, None, ())
-        converted = self._named(graph, full, group_from_torch_pruning(graph, full))
+        found = group_from_torch_pruning(graph, full)
+        norms, converted = norms_of(full, found), self._named(graph, full, found)
         if not self._current(graph, full, converted) and self._again is not None:
             self.fit(*self._again)
         self._survivors.remember(key_of(graph, full), converted)
@@ -249,7 +250,7 @@ class DIImportance(tp.importance.Importance):
             raise NotFittedError(f"expected a layer of the group of {name!r} to run on the data given to fit, none of "
                                  f"these did: {where}; fit on data that reaches them, or ignore them")  # fmt: skip
         energies = self._energies(converted)
-        scores = self._scores(converted, losses, energies, filter_norms(self._layers(graph, full), converted))
+        scores = self._scores(converted, losses, energies, norms)
         held = None if energies is None else energies[chosen]
         return Explanation(name, "", scores[chosen], losses[chosen], held, tuple(rows))
 
@@ -264,10 +265,6 @@ class DIImportance(tp.importance.Importance):
                     total = torch.zeros(group.channels, dtype=torch.float64) if total is None else total
                     total.index_add_(0, torch.tensor(member.roots), left[list(member.channels)])
         return total
-
-    def _layers(self, graph: Any, group: Any) -> dict[str, nn.Module]:
-        """The group's modules as they are now, by the names of the model that was fitted."""
-        return {self._names.get(m, str(graph._module2name.get(m, ""))): m for m in modules_of(group)}
 
     def _scores(self, group: ChannelGroup, losses: Tensor, energies: Tensor | None, norms: Tensor | None) -> Tensor:
         scores = losses if self.per_cost is None else losses / self.per_cost(group, self.fitted)

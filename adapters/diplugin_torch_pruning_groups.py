@@ -14,11 +14,12 @@ from torch.utils import _pytree as pytree
 from diplugin.dependency import dependency_graph
 from diplugin.errors import DataError
 from diplugin.features import Observation, device_of, to_device
+from diplugin.filters import filter_norms
 from diplugin.fitted_scores import WEIGHTED, weighted_layers, width_of
-from diplugin.groups import group_from_torch_pruning
+from diplugin.groups import ChannelGroup, group_from_torch_pruning
 from diplugin.taps import Tap, TapPoint, points_of
 
-__all__ = ["device_of_group", "fault_of", "key_of", "modules_of", "peek", "wanted_points", "whole_group"]
+__all__ = ["device_of_group", "fault_of", "key_of", "modules_of", "norms_of", "peek", "wanted_points", "whole_group"]
 
 
 def key_of(graph: Any, group: Any) -> tuple[str, bool]:
@@ -71,6 +72,12 @@ def _out_of_range(group: Any) -> str:
 
 def modules_of(group: Any) -> Iterator[nn.Module]:
     return (i.dep.target.module for i in group.items if isinstance(i.dep.target.module, nn.Module))
+
+
+def norms_of(group: Any, converted: ChannelGroup) -> Tensor | None:
+    """Squared norms of the filters that make each root channel, as they are now; `converted` has the graph's names."""
+    names = group._DG._module2name
+    return filter_norms({names.get(module, ""): module for module in modules_of(group)}, converted)
 
 
 def device_of_group(group: Any) -> torch.device:

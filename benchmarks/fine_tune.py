@@ -281,7 +281,7 @@ def main() -> None:
         share_out(args.workers)
         book = Notebook(args.json, book.keys)
     else:
-        cuts = Cuts(args.cuts, lambda: network(setting.net, args.weights))
+        cuts = Cuts(args.cuts and args.cuts / setting.net, lambda: network(setting.net, args.weights))
         bench = Bench(setting, data, cuts.fresh(), book, judged, cuts)
         mine = wanted[args.worker or 0 :: args.workers]
         if args.cut:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from diplugin.contenders import Case
 from diplugin.costs import macs
-from diplugin.groups import ChannelGroup
 from diplugin.recovery import Cut, Reconstruct
+from diplugin.scoring import group_norms
 from diplugin.search import plan_at
 from diplugin.strategies import OneShot
 
@@ -44,18 +43,10 @@ class Uniform:
 
 def norms(case: Case) -> dict[str, torch.Tensor]:
     """Squared norms of every channel's filters, over all layers that write it."""
-    return {group.name: _squares(case.model, group) for group in case.trace.prunable}
+    return group_norms(case.model, case.trace.groups)
 
 
 def di_losses(case: Case) -> dict[str, torch.Tensor]:
     """What `compress` ranks channels by."""
     once = OneShot()
     return once.losses(case.trace, once.score(case.model, case.images, case.trace))
-
-
-def _squares(model: nn.Module, group: ChannelGroup) -> torch.Tensor:
-    total = torch.zeros(group.channels)
-    for member in group.side("out"):
-        weight: Any = model.get_submodule(member.layer).weight
-        total.index_add_(0, torch.tensor(member.roots), weight.detach().pow(2).flatten(1).sum(1)[list(member.channels)])
-    return total

@@ -263,6 +263,14 @@ def test_a_callable_that_exits_is_no_way_out(tmp_path: Path, monkeypatch: pytest
         load_model("leaves_early:net")
 
 
+def test_no_data_have_no_shape(own_code: str, tmp_path: Path) -> None:
+    (tmp_path / f"{own_code}_empty.py").write_text(
+        "import torch\nfrom torch.utils.data import DataLoader, TensorDataset\n"
+        "def loader(): return DataLoader(TensorDataset(torch.zeros(0, 3, 8, 8), torch.zeros(0)))\n"
+    )
+    assert len(load_data(f"{own_code}_empty:loader", example_shape=(1, 3, 8, 8)).train) == 0
+
+
 def test_data_must_fit_the_example_shape() -> None:
     assert load_data("digits", example_shape=(1, 1, 24, 24)).name == "digits"
     for shape in ((1, 1, 8, 8), (1, 3, 24, 24), (1, 24, 24)):
