@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 import warnings
 from dataclasses import replace
@@ -22,17 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from protocol import cifar_resnet
 from torch import nn
+from torchvision_models import import_torchvision
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from torchvision_models import import_torchvision  # noqa: E402
-
-from diplugin.costs.latency import LatencyCost  # noqa: E402
-from diplugin.latency import profile_here  # noqa: E402
-from diplugin.latency.calibration import calibrate, own_cache_mb, rank_correlation  # noqa: E402
-from diplugin.network import trace_network  # noqa: E402
+from diplugin.costs.latency import LatencyCost
+from diplugin.latency import profile_here
+from diplugin.latency.calibration import calibrate, own_cache_mb, rank_correlation
+from diplugin.network import trace_network
 
 CALIBRATING = 16
 TARGETS = (("MAPE, all families", "mape", 0.02), ("worst error", "worst", 0.06), ("rank correlation", "rho", 0.995))
@@ -40,10 +36,12 @@ TARGETS = (("MAPE, all families", "mape", 0.02), ("worst error", "worst", 0.06),
 
 def families() -> dict[str, tuple[Any, int]]:
     """Name -> (constructor, resolution)."""
-    from examples.cifar_resnet import resnet20
-
     models = import_torchvision().models
-    return {"resnet20": (resnet20, 32), "mobilenet_v2": (models.mobilenet_v2, 96), "resnet18": (models.resnet18, 128)}
+    return {
+        "resnet20": (cifar_resnet.resnet20, 32),
+        "mobilenet_v2": (models.mobilenet_v2, 96),
+        "resnet18": (models.resnet18, 128),
+    }
 
 
 def judge(name: str, build: Any, side: int, held: int, args: argparse.Namespace) -> dict[str, Any]:

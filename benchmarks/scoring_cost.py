@@ -30,12 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import scoring_on_gpu
+import torch
 from scoring_contenders import (
     CONTENDERS,
     MICRO_BATCH,
@@ -46,6 +42,7 @@ from scoring_contenders import (
     resnet50,
     run_forward,
 )
+from torch import Tensor, nn
 
 from diplugin.costs import Budget
 from diplugin.costs.latency import LatencyCost, timed_layers

@@ -22,15 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from protocol import network
 from torch import Tensor
 
 from diplugin.discriminant import ChunkScores
 from diplugin.features import CHUNK_SIZE, UntilStable, rank_correlation, reliability, score_points
 from diplugin.groups import trace_groups
-from diplugin.sources import load_data, load_model
+from diplugin.sources import load_data
 from diplugin.taps import AfterActivation, TapPoint, points_of
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 Chunk = dict[TapPoint, ChunkScores]
 COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
@@ -39,7 +38,7 @@ TARGETS = (0.9, 0.95, 0.98, 0.99)
 
 def chunk_scores_of(args: argparse.Namespace) -> list[Chunk]:
     """Scores of every chunk of the first images of the training data, in a seeded random order."""
-    model = load_model("examples.cifar_resnet:resnet20", args.weights / "cifar10_resnet20.safetensors").eval()
+    model = network("resnet20", args.weights)
     dataset: Any = load_data(f"cifar10:{args.data}").train.dataset
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: args.images]
     groups = [g for g in trace_groups(model, (torch.randn(1, 3, 32, 32),)) if g.prunable]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -22,13 +21,9 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
+from diplugin_torch_pruning import DIImportance
 from torch import Tensor, nn
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "adapters")]
-
-from diplugin_torch_pruning import DIImportance  # noqa: E402
-
-from benchmarks.torchvision_models import import_timm, import_torchvision  # noqa: E402
+from torchvision_models import import_timm, import_torchvision
 
 SCOPES = {"local": {}, "global": {"global_pruning": True}, "isomorphic": {"global_pruning": True, "isomorphic": True}}
 RATIOS = (0.3, 0.5)

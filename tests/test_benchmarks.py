@@ -9,23 +9,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cuts
+import fine_tune
 import numpy as np
+import protocol
 import pytest
 import torch
 import torch_pruning as tp
+import training
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from diplugin.sources import flip_and_shift
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "benchmarks"))  # they import one another as scripts do
-
-import cuts  # noqa: E402
-import fine_tune  # noqa: E402
-import protocol  # noqa: E402
-import training  # noqa: E402
-
-from diplugin.sources import flip_and_shift  # noqa: E402
-
 COMMANDS = [p.name for p in sorted((ROOT / "benchmarks").glob("*.py")) if '__name__ == "__main__"' in p.read_text()]
 
 

@@ -6,8 +6,7 @@ import argparse
 import math
 
 import pytest
-
-from benchmarks import scoring_cost
+import scoring_cost
 
 
 def test_a_contender_alone_is_still_compared_with_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:

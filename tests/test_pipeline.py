@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bars import CLASSES, INPUTS, bars
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -24,18 +25,7 @@ from diplugin.search import ExactSearch
 
 pytestmark = pytest.mark.usefixtures("brief_timing")
 
-CLASSES = 4
 HALF = diplugin.Budget("macs", fraction=0.5)
-
-
-def bars(images: int, seed: int) -> TensorDataset:
-    """Images with a bright bar at one of four places, in noise: learnt in seconds."""
-    draw = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, CLASSES, (images,), generator=draw)
-    x = 0.5 * torch.randn(images, 1, 8, 8, generator=draw)
-    for i, label in enumerate(labels.tolist()):
-        x[i, 0, 2 * label : 2 * label + 2] += 1.0
-    return TensorDataset(x, labels)
 
 
 def make_net() -> nn.Module:
@@ -61,9 +51,6 @@ def loader() -> DataLoader[Any]:
 @pytest.fixture(scope="module")
 def test_loader() -> DataLoader[Any]:
     return DataLoader(bars(200, 2), batch_size=100)
-
-
-INPUTS = (torch.zeros(1, 1, 8, 8),)
 
 
 def compress(model: nn.Module, loader: Any, **settings: Any) -> diplugin.CompressionResult:

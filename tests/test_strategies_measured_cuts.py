@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bars import CLASSES, INPUTS, bars
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import diplugin
 from diplugin.costs import Budget, macs, params
@@ -30,17 +31,7 @@ from diplugin.strategies.measured_cuts import Descent
 from diplugin.surgery import apply_plan
 
 pytestmark = pytest.mark.usefixtures("nothing_is_exported")
-CLASSES, INPUTS, HALF = 4, (torch.zeros(1, 1, 8, 8),), Budget("macs", fraction=0.5)
-
-
-def bars(images: int, seed: int) -> TensorDataset:
-    """Images with a bright bar at one of four places, in noise."""
-    draw = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, CLASSES, (images,), generator=draw)
-    x = 0.5 * torch.randn(images, 1, 8, 8, generator=draw)
-    for i, label in enumerate(labels.tolist()):
-        x[i, 0, 2 * label : 2 * label + 2] += 1.0
-    return TensorDataset(x, labels)
+HALF = Budget("macs", fraction=0.5)
 
 
 class Net(nn.Module):

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bars import CLASSES, INPUTS, bars
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 import diplugin
 from diplugin.costs import macs, params
@@ -40,18 +41,7 @@ from diplugin.tables import Alignment, Calibration, Entry, LatencyTable, Setting
 
 pytestmark = pytest.mark.usefixtures("nothing_is_exported")
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
-CLASSES, INPUTS = 4, (torch.zeros(1, 1, 8, 8),)
 HALF = diplugin.Budget("macs", fraction=0.4)
-
-
-def bars(images: int, seed: int) -> TensorDataset:
-    """Images with a bright bar at one of four places, in noise."""
-    draw = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, CLASSES, (images,), generator=draw)
-    x = 0.5 * torch.randn(images, 1, 8, 8, generator=draw)
-    for i, label in enumerate(labels.tolist()):
-        x[i, 0, 2 * label : 2 * label + 2] += 1.0
-    return TensorDataset(x, labels)
 
 
 class Net(nn.Module):

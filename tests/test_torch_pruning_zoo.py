@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def _torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.torchvision_models import import_timm
+    from torchvision_models import import_timm
 
     try:
         import_timm()
@@ -24,7 +24,7 @@ def _torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_third_of_the_zoo(capsys: pytest.CaptureFixture[str]) -> None:
     """Small ones of a dozen families: whatever passes with MagnitudeImportance passes with ours."""
-    from benchmarks.zoo import main
+    from zoo import main
 
     names = ("resnet18,mobilenet_v2,mobilenet_v3_small,efficientnet_b0,regnet_x_400mf,squeezenet1_1,googlenet,"
              "shufflenet_v2_x1_0,repvgg_a0,dla34,ghostnet_100,convnextv2_atto,legacy_seresnet18")  # fmt: skip
