@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from diplugin import latency
 from diplugin.measurements import Measure
 
-# For the examples and benchmarks; last, so that an installed diplugin is the one that is tested.
+# For the examples; last, so that an installed diplugin is the one that is tested.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # How long an example takes says more about the machine than about the code.
