@@ -27,7 +27,7 @@ from diplugin.groups import ChannelGroup
 from diplugin.layer_scores import score_layers
 from diplugin.masks import dead_channels, follower_masks, followers, remove_masked
 from diplugin.network import trace_network
-from diplugin.ranking import ByBoth, Ranking, hand_out
+from diplugin.ranking import ByAll, Ranking, hand_out
 from diplugin.samples import call_inputs, collect, forward_any, images_in, on_cpu
 from diplugin.scoring import group_energies, group_norms
 from diplugin.strategies import first_images
@@ -113,7 +113,7 @@ class DIPruner(Pruner):
         example_inputs: tuple[Any, ...] | None = None,
     ) -> None:
         check_sources(evaluator, training_steps, calibration_data)
-        self.tap, self.ranking, self.max_samples = tap, ranking or ByBoth(), max_samples
+        self.tap, self.ranking, self.max_samples = tap, ranking or ByAll(), max_samples
         self.observation = Observation(get_labels or labels_of, forward or forward_any, _positive("rho", rho))
         self._calibration = None if calibration_data is None else collect(calibration_data, max_samples)
         self._sampled: list[Any] = []

@@ -58,13 +58,13 @@ from diplugin.fitted_scores import (
     width_of,
 )
 from diplugin.groups import ChannelGroup, group_from_torch_pruning
-from diplugin.ranking import ByBoth, ByLoss, Ranking, hand_out, lift_best
+from diplugin.ranking import ByAll, ByLoss, Ranking, hand_out, lift_best
 from diplugin.survivors import Survivors
 from diplugin.taps import AfterActivation, AtLayer, Tap, TapPoint, points_of, root_scores
 
 __all__ = ["PLAIN", "DIImportance", "Explanation"]
 
-_PER_MAC, _BY_BOTH = MACs(), ByBoth()
+_PER_MAC, _BY_ALL = MACs(), ByAll()
 
 #: Options under which a channel's score is its DI loss and nothing else.
 PLAIN: Mapping[str, Any] = MappingProxyType({"per_cost": None, "ranking": ByLoss(), "floor": 0.0})
@@ -141,7 +141,7 @@ class DIImportance(tp.importance.Importance):
         forward: Forward | None = None,
         *,
         per_cost: ChannelCost | None = _PER_MAC,
-        ranking: Ranking = _BY_BOTH,
+        ranking: Ranking = _BY_ALL,
         floor: float = 0.1,
         class_weight: str | None = None,
         chunk_size: int = CHUNK_SIZE,

@@ -45,7 +45,7 @@ from uniform_widths import Uniform, di_losses, norms
 from diplugin.accuracy import accuracy
 from diplugin.compare import count_macs
 from diplugin.contenders import Compress, Contender, default_contenders, drop_in
-from diplugin.ranking import ByAll
+from diplugin.ranking import ByBoth
 from diplugin.strategies import MeasuredCuts
 
 CALIBRATION = 1_500
@@ -171,7 +171,7 @@ def contenders() -> list[Contender]:
         *default_contenders(compress=False), Uniform("L2, uniform, reconstructed", norms),
         Uniform("DI, uniform, reconstructed", di_losses), Compress(),
         Compress("DI, measured cuts", measured=MeasuredCuts(), tell=print),
-        drop_in("DI and norms, local", False, ranking=ByAll()), drop_in("DI and norms, global", True, ranking=ByAll()),
+        *(drop_in(f"DI without norms, {scope}", scope == "global", ranking=ByBoth()) for scope in ("local", "global")),
     ]  # fmt: skip
 
 

@@ -3,9 +3,10 @@
     python benchmarks/selection_study.py --data DIR --weights DIR [--nets resnet20,resnet56] [--only WORDS]
                                          [--json OUT] [--quick]
 
-Drop-in rows change one option of `DIImportance` each; repair rows cut `compress`'s own plan and repair it in one way;
-the rows behind them change one thing about `compress` with its refit. No row sees a test image: this is where defaults
-are chosen, `one_shot.py` is where they are judged.
+Every row changes one thing about a common point of departure, channels ranked by loss and energy: drop-in rows one
+option of `DIImportance`, repair rows the repair of `compress`'s plan, the rows behind them one thing about `compress`
+with its refit. One of them, `ranked by norms too`, is the default today. No row sees a test image: this is where
+defaults are chosen, `one_shot.py` is where they are judged.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import argparse
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from diplugin_torch_pruning import PLAIN
 from protocol import Data, Notebook, Row, arguments, chosen, network
@@ -23,7 +26,7 @@ from torch import nn
 from diplugin.compare import compare
 from diplugin.contenders import Compress, Contender, drop_in
 from diplugin.fitted_scores import MACs
-from diplugin.ranking import ByEnergy, ByLoss
+from diplugin.ranking import ByAll, ByBoth, ByEnergy, ByLoss
 from diplugin.recovery import Compensate, Cut, Recalibrate, Reconstruct, Repair, recalibrate_batchnorm
 from diplugin.recovery.reconstruction import Reconstruction
 from diplugin.search import SearchLimits
@@ -31,15 +34,17 @@ from diplugin.strategies import OneShot
 from diplugin.taps import AtLayer, AtNorm
 
 IMAGES = 1_500
+DEPARTURE: dict[str, Any] = {"ranking": ByBoth()}
 
 
 def drop_ins() -> list[Contender]:
-    """The default, and the default with one thing changed."""
+    """The point of departure, and one thing changed."""
     variants = {
-        "default": {},
+        "departure": {},
         "loss as it is": dict(PLAIN),
         "loss per MAC, ranked by loss": {"ranking": ByLoss(), "per_cost": MACs()},
         "ranked by energy": {"ranking": ByEnergy()},
+        "ranked by norms too": {"ranking": ByAll()},
         "no floor": {"floor": 0.0},
         "rho 1": {"rho": 1.0},
         "rho 100": {"rho": 100.0},
@@ -48,7 +53,7 @@ def drop_ins() -> list[Contender]:
         "chunks of 125": {"chunk_size": 125},
         "chunks of 500": {"chunk_size": 500},
     }
-    return [drop_in(f"DI, {name}", True, **options) for name, options in variants.items()]
+    return [drop_in(f"DI, {name}", True, **{**DEPARTURE, **options}) for name, options in variants.items()]
 
 
 @dataclass(frozen=True)
@@ -64,23 +69,24 @@ class RefitRecalibrated:
 def repairs() -> list[Contender]:
     """`compress` without a gradient step, held to one repair."""
     kinds: tuple[Repair, ...] = (Recalibrate(), Compensate(), Reconstruct(), RefitRecalibrated())
-    return [Compress(f"compress, {kind.name}", OneShot(repairs=(kind,))) for kind in kinds]
+    return [Compress(f"compress, {kind.name}", OneShot(repairs=(kind,), **DEPARTURE)) for kind in kinds]
 
 
 def refits() -> list[Contender]:
     """`compress` with its refit, and one thing changed."""
-    refit = (Reconstruct(),)
+    once = partial(OneShot, repairs=(Reconstruct(),), **DEPARTURE)
     variants = {
-        "ridge 1e-4": OneShot(repairs=(Reconstruct(Reconstruction(ridge=1e-4)),)),
-        "ridge 1e-1": OneShot(repairs=(Reconstruct(Reconstruction(ridge=1e-1)),)),
-        "refit on 250 images": OneShot(repairs=(Reconstruct(Reconstruction(images=250)),)),
-        "ranked by loss": OneShot(repairs=refit, ranking=ByLoss()),
-        "ranked by energy": OneShot(repairs=refit, ranking=ByEnergy()),
-        "rho 1": OneShot(repairs=refit, rho=1.0),
-        "rho 100": OneShot(repairs=refit, rho=100.0),
-        "layer output": OneShot(repairs=refit, tap=AtLayer()),
-        "no floor": OneShot(repairs=refit, limits=SearchLimits(floor=0.0)),
-        "floor of 0.2": OneShot(repairs=refit, limits=SearchLimits(floor=0.2)),
+        "ridge 1e-4": once(repairs=(Reconstruct(Reconstruction(ridge=1e-4)),)),
+        "ridge 1e-1": once(repairs=(Reconstruct(Reconstruction(ridge=1e-1)),)),
+        "refit on 250 images": once(repairs=(Reconstruct(Reconstruction(images=250)),)),
+        "ranked by loss": once(ranking=ByLoss()),
+        "ranked by energy": once(ranking=ByEnergy()),
+        "ranked by norms too": once(ranking=ByAll()),
+        "rho 1": once(rho=1.0),
+        "rho 100": once(rho=100.0),
+        "layer output": once(tap=AtLayer()),
+        "no floor": once(limits=SearchLimits(floor=0.0)),
+        "floor of 0.2": once(limits=SearchLimits(floor=0.2)),
     }
     return [Compress(f"compress, {name}", strategy) for name, strategy in variants.items()]
 

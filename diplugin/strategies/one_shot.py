@@ -17,7 +17,7 @@ from ..costs import Budget, CostModel
 from ..features import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, forward_inputs, labels_of, to_device
 from ..network import NetworkTrace
 from ..plan import PruningPlan
-from ..ranking import ByBoth, Ranking, hand_out
+from ..ranking import ByAll, Ranking, hand_out
 from ..recovery import REPAIRS, Cut, Repair, best_repair
 from ..scoring import GroupScores, group_energies, group_norms, score_groups
 from ..search import FixedScores, GreedySearch, Search, SearchLimits
@@ -42,7 +42,7 @@ class OneShot:
 
     rho: float = 10.0
     tap: Tap = field(default_factory=AfterActivation)
-    ranking: Ranking = field(default_factory=ByBoth)
+    ranking: Ranking = field(default_factory=ByAll)
     limits: SearchLimits = field(default_factory=SearchLimits)
     searcher: Search = field(default_factory=GreedySearch)
     repairs: tuple[Repair, ...] = REPAIRS
