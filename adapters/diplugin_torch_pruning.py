@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
+from diplugin_torch_pruning_explanation import Explanation
 from diplugin_torch_pruning_groups import (
     device_of_group,
     fault_of,
@@ -68,38 +69,6 @@ _PER_MAC, _BY_ALL = MACs(), ByAll()
 
 #: Options under which a channel's score is its DI loss and nothing else.
 PLAIN: Mapping[str, Any] = MappingProxyType({"per_cost": None, "ranking": ByLoss(), "floor": 0.0})
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Why the channels of a group rank as they do.
-
-    Attributes:
-        group: qualified name of the layer at the group's root.
-        note: why the group is left alone; empty if it is scored.
-        scores: [channels] what the pruner is given; None if the group is left alone.
-        losses: [channels] their DI losses, fractions of label variance, before cost, ranking and floor.
-        energies: [channels] how much of its readers' outputs each makes; None where nothing reads.
-        tensors: for every tensor that speaks for the group: where it is, its DI, and its own scores of the channels.
-    """
-
-    group: str
-    note: str
-    scores: Tensor | None
-    losses: Tensor | None
-    energies: Tensor | None
-    tensors: tuple[tuple[TapPoint, float, Tensor], ...]
-
-    def __str__(self) -> str:
-        if self.scores is None:
-            return f"{self.group}: left alone, {self.note}"
-        order = torch.argsort(self.scores).tolist()
-        lines = [f"{self.group}: {len(order)} channels, first to go {order[:8]}, last {order[-8:]}"]
-        for point, di, scores in self.tensors:
-            where = "input of" if point.side == "in" else "output of"
-            lines.append(f"  {where} {point.layer}: DI {di:.3f}, channels' losses {float(scores.min()):.2e} to "
-                         f"{float(scores.max()):.2e}")  # fmt: skip
-        return "\n".join(lines)
 
 
 class DIImportance(tp.importance.Importance):
@@ -236,7 +205,7 @@ class DIImportance(tp.importance.Importance):
         name = graph._module2name.get(group[0].dep.target.module, "")
         note = fault_of(full)
         if note:
-            return Explanation(name, note, None, None, None, ())
+            return Explanation(name, note, None, None, None, None, ())
         found = group_from_torch_pruning(graph, full)
         norms, converted = norms_of(full, found), self._named(graph, full, found)
         if not self._current(graph, full, converted) and self._again is not None:
@@ -251,8 +220,8 @@ class DIImportance(tp.importance.Importance):
                                  f"these did: {where}; fit on data that reaches them, or ignore them")  # fmt: skip
         energies = self._energies(converted)
         scores = self._scores(converted, losses, energies, norms)
-        held = None if energies is None else energies[chosen]
-        return Explanation(name, "", scores[chosen], losses[chosen], held, tuple(rows))
+        heard = (None if values is None else values[chosen] for values in (energies, norms))
+        return Explanation(name, "", scores[chosen], losses[chosen], *heard, tuple(rows))
 
     def _energies(self, group: ChannelGroup) -> Tensor | None:
         """How much of its readers' outputs every root channel makes, summed over readers."""

@@ -262,6 +262,18 @@ def test_explanation_names_the_tensors():
     assert "output of conv2: DI 0." in str(told)
 
 
+def test_channels_go_in_the_order_of_what_the_explanation_holds():
+    model = make()
+    told = DIImportance().fit(model, [data()]).explain(group_of(model, "conv1"))
+    channels = range(model.conv1.out_channels)
+    both = [float(told.losses[c].double() * told.energies[c].double()) for c in channels]
+    norms = [sum(float(w) ** 2 for w in model.conv1.weight[c].detach().flatten()) for c in channels]
+    torch.testing.assert_close(told.norms.float(), torch.tensor(norms))
+    places = [sorted(channels, key=both.__getitem__).index(c) + sorted(channels, key=norms.__getitem__).index(c)
+              for c in channels]  # fmt: skip
+    assert told.scores.argsort(stable=True).tolist() == sorted(channels, key=places.__getitem__)
+
+
 def test_save_and_load(tmp_path):
     model = make()
     importance = DIImportance(rho=3.0).fit(model, [data()])
