@@ -29,7 +29,7 @@ class Configuration:
         holdout: fraction of the training data set aside.
 
     Raises:
-        UserError: no budget, or a number out of its range.
+        UserError: no budget, no repair, or a number out of its range.
     """
 
     budgets: tuple[Budget, ...]
@@ -49,6 +49,8 @@ class Configuration:
         images = self.once.images
         if not isinstance(images, int) or images < 2:
             raise DataError(f"expected images of 2 or more, got {images!r}")
+        if not self.once.repairs:
+            raise UserError("expected a repair to try at least, such as Recalibrate(), got none")
         if not self.budgets:
             raise BudgetError("expected a budget such as macs=0.5, got none")
 

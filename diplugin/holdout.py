@@ -10,12 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
 from .boundary import GuardedLoader
 from .errors import DataError
 
 _LARGEST = 5000
+#: Sooner or later these draw every image alike; how the images are dealt out to processes is the team's affair.
+_OF_ALL = (SequentialSampler, RandomSampler, DistributedSampler)
 
 
 @dataclass(frozen=True)
@@ -39,10 +49,12 @@ def split_holdout(loader: Iterable[Any], fraction: float = 0.1, seed: int = 0) -
     """Set a seeded random fraction of the data aside (5,000 images at most).
 
     A DataLoader over a map-style dataset is split image by image and its batch size, collation and workers are kept;
-    anything else is read once into memory and split image by image too.
+    of a `SubsetRandomSampler` only the images that it draws. Anything else is read once into memory and split image by
+    image too.
 
     Raises:
-        DataError: fewer than four images, batches that are not tensors of one length, or a data set that raises.
+        DataError: fewer than four images, batches that are not tensors of one length, a data set that raises, or a
+            DataLoader whose sampler draws some images more often than others.
     """
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_size:
         return _split_dataset(loader, fraction, seed)
@@ -65,7 +77,8 @@ def split_holdout(loader: Iterable[Any], fraction: float = 0.1, seed: int = 0) -
 
 def _split_dataset(loader: DataLoader[Any], fraction: float, seed: int) -> Split:
     dataset: Any = loader.dataset
-    first, second = _parts(len(dataset), fraction, seed)
+    drawn = _drawn(loader)
+    first, second = (drawn[ids] for ids in _parts(len(drawn), fraction, seed))
 
     def view(ids: Tensor, shuffle: bool = False) -> Iterable[Any]:
         return GuardedLoader(DataLoader(
@@ -74,6 +87,17 @@ def _split_dataset(loader: DataLoader[Any], fraction: float, seed: int) -> Split
         ))  # fmt: skip
 
     return Split(view(first), view(first, shuffle=True), view(second), (len(first), len(second)))
+
+
+def _drawn(loader: Any) -> Tensor:
+    """Images of the data set that are a loader's to read."""
+    sampler = loader.sampler
+    if isinstance(sampler, SubsetRandomSampler):
+        return torch.as_tensor(sampler.indices, dtype=torch.long).unique()
+    if not isinstance(sampler, _OF_ALL) or getattr(sampler, "replacement", False):
+        raise DataError(f"expected a loader that draws every image once, got one with a {type(sampler).__name__}; "
+                        "pass a DataLoader over a torch.utils.data.Subset of the images wanted")  # fmt: skip
+    return torch.arange(len(loader.dataset))
 
 
 def _parts(images: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .accuracy import Tally
+from .accuracy import accuracy
 from .errors import ModelError, first_line
-from .features import GetLabels, labels_of
+from .features import Forward, GetLabels, forward_inputs, labels_of
 
 #: The session setting that leaves ONNX Runtime's int8 kernels out.
 NO_INT8_KERNELS = "session.disable_quant_qdq"
@@ -38,30 +38,47 @@ def run_onnx(source: str | Path | bytes, inputs: Sequence[Any], threads: int = 1
 
 
 def onnx_accuracy(
-    source: str | Path | bytes, loader: Iterable[Any], threads: int = 1, get_labels: GetLabels = labels_of
+    source: str | Path | bytes,
+    loader: Iterable[Any],
+    threads: int = 1,
+    get_labels: GetLabels = labels_of,
+    forward: Forward = forward_inputs,
 ) -> float:
-    """Share of images that an ONNX model classifies correctly, counted as `diplugin.accuracy.accuracy` counts.
+    """Share of images that an ONNX model classifies correctly, as `diplugin.accuracy.accuracy` counts and raises.
 
     Args:
         source: a file, or a serialised model, whose first output is logits [N, classes].
-        loader: batches of (inputs, labels); any batch size, whatever the model's own.
+        loader: batches of any size, whatever the model's own.
+        forward: `forward(model, batch)`, given a module that runs the file.
+    """
+    return accuracy(OnnxNetwork(source, threads), loader, get_labels=get_labels, forward=forward)
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX model for whatever runs modules: batches of any size to the model's first output.
 
     Raises:
-        ModelError: the model cannot be run.
-        DataError: an empty loader, or labels that do not fit the outputs.
+        ModelError: no such file, or not an ONNX model; when called, inputs that do not fit it.
     """
-    session = open_session(source, threads)
-    shape = session.get_inputs()[0].shape
-    fixed = shape[0] if shape and isinstance(shape[0], int) else None
-    tally = Tally()
-    for batch in loader:
-        labels = get_labels(batch).cpu()
-        images = batch[0] if isinstance(batch[0], (tuple, list)) else (batch[0],)
-        for start in range(0, len(labels), fixed or max(1, len(labels))):
-            part = labels[start : start + (fixed or len(labels))]
-            rows = [_padded(x[start : start + len(part)], fixed or len(part)) for x in images]
-            tally.add(torch.from_numpy(run_session(session, rows)[0][: len(part)]), part)
-    return tally.fraction
+
+    def __init__(self, source: str | Path | bytes, threads: int = 1) -> None:
+        super().__init__()
+        self._session = open_session(source, threads)
+        shape = self._session.get_inputs()[0].shape
+        self._batch = shape[0] if shape and isinstance(shape[0], int) else None
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        """Inputs in the order of the model's own, or by their names."""
+        order = [i.name for i in self._session.get_inputs()]
+        inputs = (*inputs, *(named[name] for name in order if name in named))
+        images = len(inputs[0]) if inputs else 0
+        size = self._batch or max(1, images)
+        parts = []
+        for start in range(0, images, size):
+            rows = [x[start : start + size] for x in inputs]
+            found = run_session(self._session, [_padded(x, size) for x in rows])[0]
+            parts.append(torch.from_numpy(found[: len(rows[0])]))
+        return torch.cat(parts) if parts else torch.empty(0)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

@@ -258,7 +258,7 @@ class _Run:
             result, figures = quantize_run(
                 pruned, self.split.scoring, self.measure.inputs, self.asked.bits,
                 folder=self.folder.path, teacher=teacher, judge=self.measure.judge,
-                training_loader=self.split.training,
+                training_loader=self.split.training, get_labels=self.measure.get_labels, forward=self.measure.forward,
             )  # fmt: skip
         costs = {key: self.final[key] for key in ("macs", "params", "memory_mb")}
         self.metrics["quantized"] = {**costs, **figures}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from torch import nn
 
 from diplugin import Budget, compress
 from diplugin.cli import main
-from diplugin.onnx_inference import onnx_accuracy
-from diplugin.quantize import read_bits
+from diplugin.onnx_inference import onnx_accuracy, run_onnx
+from diplugin.quantize import Bits, read_bits
 
 SOURCE = """
 import torch
@@ -71,3 +73,16 @@ def test_a_folder_that_holds_no_run(tmp_path, capsys):
     command = ["quantize", str(tmp_path), "digits", "--model", "nowhere:net", "--budget", "size_mb=0.5"]
     assert main(command) == 2
     assert "plan.json" in capsys.readouterr().err
+
+
+def test_compress_takes_bits_for_batches_of_any_form(brief_timing, tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU(),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 4))  # fmt: skip
+    x, y = torch.randn(80, 3, 8, 8), torch.arange(80) % 4
+    batches = [{"image": x[i : i + 20], "name": torch.arange(20), "kind": y[i : i + 20]} for i in range(0, 80, 20)]
+    result = compress(net, batches, example_inputs=(x[:1],), budgets=[Budget("macs", fraction=0.8)], images=60,
+                      bits=Bits(images=60), get_labels=lambda batch: batch["kind"], out=tmp_path / "run",
+                      forward=lambda model, batch: model(batch["image"]), test_loader=batches)  # fmt: skip
+    logits = torch.from_numpy(run_onnx(tmp_path / "run" / "quantized.onnx", [x])[0])
+    assert result.metrics["quantized"]["accuracy"] == pytest.approx(float((logits.argmax(1) == y).float().mean()))

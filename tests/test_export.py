@@ -121,6 +121,9 @@ def test_accuracy_in_onnx_runtime_is_the_torch_models(exported: tuple[nn.Module,
     for labels in (ids, nn.functional.one_hot(ids, 4).float(), several):
         batches = [(x[:17], labels[:17]), (x[17:], labels[17:])]
         assert onnx_accuracy(path, batches) == pytest.approx(accuracy(net, batches))
+    named = [{"image": x, "kind": ids}]
+    by_form = {"get_labels": lambda batch: batch["kind"], "forward": lambda model, batch: model(batch["image"])}
+    assert onnx_accuracy(path, named, **by_form) == pytest.approx(accuracy(net, named, **by_form))
 
 
 class Branches(nn.Module):

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from diplugin.errors import DataError
 from diplugin.holdout import split_holdout
@@ -48,6 +55,29 @@ def test_training_is_shuffled_anew_and_follows_the_seed() -> None:
 def test_the_seed_decides_the_holdout() -> None:
     held = [ids(split_holdout(numbered(60), 0.1, seed=s).holdout) for s in (0, 0, 1)]
     assert held[0] == held[1] != held[2]
+
+
+def test_images_that_a_sampler_leaves_out_are_on_neither_side() -> None:
+    dataset, chosen = numbered(40).dataset, [3, 5, 8, 13, 21, 34, 1, 2]
+    split = split_holdout(DataLoader(dataset, batch_size=3, sampler=SubsetRandomSampler(chosen)), 0.25)
+    assert sorted(ids(split.training) + ids(split.holdout)) == sorted(chosen) and split.sizes == (6, 2)
+    assert sorted(ids(split.scoring)) == sorted(ids(split.training))
+
+
+def test_every_process_of_a_distributed_sampler_splits_the_whole() -> None:
+    dataset: Any = numbered(20).dataset
+    loaders = [DataLoader(dataset, batch_size=3, sampler=DistributedSampler(dataset, 2, rank)) for rank in (0, 1)]
+    held = [ids(split_holdout(loader, 0.25).holdout) for loader in loaders]
+    assert held[0] == held[1] == ids(split_holdout(numbered(20), 0.25).holdout)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda data: WeightedRandomSampler([0.5] * 20, 20), lambda data: RandomSampler(data, replacement=True)]
+)
+def test_a_sampler_that_repeats_images_is_refused(make: Any) -> None:
+    dataset = numbered(20).dataset
+    with pytest.raises(DataError, match=r"draws every image once, got one with a .*RandomSampler"):
+        split_holdout(DataLoader(dataset, batch_size=3, sampler=make(dataset)))
 
 
 @pytest.mark.parametrize("loader", [[], [(torch.zeros(2, 1), torch.zeros(2))], [("a", "b")]])

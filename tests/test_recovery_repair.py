@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from diplugin.errors import UserError
 from diplugin.network import trace_network
 from diplugin.plan import PruningPlan
 from diplugin.recovery import REPAIRS, Cut, Recalibrate, best_repair
@@ -46,6 +48,24 @@ def test_the_judge_chooses(make_net: Callable[..., tuple[nn.Module, tuple[Tensor
     assert set(verdicts) == {repair.name for repair in repairs}
     assert nearness(best) == max(verdicts.values()) > verdicts["scramble"]
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_repairs_of_one_name_are_told_apart(make_net: Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]) -> None:
+    model, inputs = make_net("plain")
+    trace = trace_network(model, inputs)
+    everything = {g.name: tuple(range(g.channels)) for g in trace.prunable}
+    plan = PruningPlan(everything, {n: len(k) for n, k in everything.items()}, {}, trace.inputs)
+    cut = Cut(model, [(torch.randn(20, *inputs[0].shape[1:]), torch.zeros(20))], trace, plan)
+    worth, judged = iter((0.5, 0.9, 0.6)), []
+
+    def judge(net: nn.Module) -> float:
+        judged.append(net)
+        return next(worth)
+
+    best, verdicts = best_repair(cut, (Recalibrate("other"), Recalibrate("same"), Recalibrate("same")), judge)
+    assert best is judged[1] and verdicts == {"other": 0.5, "same": 0.9, "same 2": 0.6}
+    with pytest.raises(UserError, match="a repair to try at least"):
+        best_repair(cut, (), judge)
 
 
 def test_a_tie_goes_to_the_first(make_net: Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]) -> None:

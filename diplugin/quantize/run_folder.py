@@ -41,7 +41,7 @@ def quantize_run(
 
     Args:
         loader: calibration data, training images only.
-        judge: batches of (inputs, labels) that the file is judged on, once.
+        judge: batches that the file is judged on, once; `forward` is given a module that runs it.
 
     Returns:
         the result, and figures for `metrics.json`: `accuracy` (as ONNX Runtime gives it), `size_mb` (on disk),
@@ -55,7 +55,7 @@ def quantize_run(
                       get_labels=get_labels, forward=forward)  # fmt: skip
     written = export_quantized(result, folder / QUANTIZED_ONNX, checking_inputs(loader, example_inputs))
     figures = {
-        "accuracy": onnx_accuracy(written.path, judge),
+        "accuracy": onnx_accuracy(written.path, judge, get_labels=get_labels, forward=forward),
         "size_mb": written.size_mb,
         "size_mb_predicted": result.size_mb,
         "size_mb_uniform8": result.uniform8_size_mb,

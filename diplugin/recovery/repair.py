@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ..errors import UserError
 from ..features import Forward, forward_inputs
 from ..network import NetworkTrace
 from ..plan import PruningPlan
@@ -90,17 +91,23 @@ REPAIRS: tuple[Repair, ...] = (Recalibrate(), Compensate(), Reconstruct())
 def best_repair(
     cut: Cut, repairs: Sequence[Repair], judge: Callable[[nn.Module], float]
 ) -> tuple[nn.Module, dict[str, float]]:
-    """The repaired network that the judge likes best, and what it said of each.
+    """The repaired network that the judge likes best, and what it said of each; a name met before gets a number.
 
     Args:
         judge: higher is better; give it holdout data, never the data that figures are reported on.
+
+    Raises:
+        UserError: no repairs.
     """
     best: nn.Module | None = None
     verdicts: dict[str, float] = {}
     for repair in repairs:
         model = repair.repaired(cut)
-        verdicts[repair.name] = judge(model)
-        if best is None or verdicts[repair.name] > max(v for n, v in verdicts.items() if n != repair.name):
+        verdict = judge(model)
+        if best is None or verdict > max(verdicts.values()):
             best = model
-    assert best is not None, "at least one repair"
+        same = sum(other.name == repair.name for other in repairs[: len(verdicts)])
+        verdicts[f"{repair.name} {same + 1}" if same else repair.name] = verdict
+    if best is None:
+        raise UserError("expected a repair to try at least, such as Recalibrate(), got none")
     return best.eval(), verdicts
