@@ -20,6 +20,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -86,7 +87,7 @@ class DIImportance(tp.importance.Importance):
         per_cost: what a channel's loss is divided by, so that one threshold for the whole network spends losses where
             they save most; None for the loss itself.
         ranking: which channels of a group leave first, while the losses say how many, see `diplugin.ranking`.
-        floor: fraction of every group's channels that a global threshold spares.
+        floor: fraction of every group's channels that a global threshold spares, of as many as there were at first.
         class_weight: None, or "balanced": every class counts the same.
         chunk_size: images per DI problem; scores of different sizes do not compare.
         refit: keep model and loader, and score afresh whenever channels have left; the loader must be one that can
@@ -129,6 +130,7 @@ class DIImportance(tp.importance.Importance):
         self._again: tuple[nn.Module, Iterable[Any]] | None = None
         self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._survivors = Survivors({})
+        self._units: dict[tuple[str, bool], int] = {}
         self._warned = False
 
     def fit(self, model: nn.Module, loader: Iterable[Any]) -> DIImportance:
@@ -143,6 +145,10 @@ class DIImportance(tp.importance.Importance):
             DataError: unusable data, labels or features.
             ModelError: not a module, or one without a convolution or linear layer.
         """
+        self._units = {}
+        return self._fit(model, loader)
+
+    def _fit(self, model: nn.Module, loader: Iterable[Any]) -> DIImportance:
         if not isinstance(model, nn.Module):
             raise ModelError(f"expected a torch.nn.Module to fit, got {type(model).__name__}")
         if not weighted_layers(model):
@@ -159,7 +165,8 @@ class DIImportance(tp.importance.Importance):
         self._fitted, self._warned = fitted, False
         largest = max((float(s.scores.max()) for s in fitted.points.values()), default=0.0)
         self._ceiling = largest if self.per_cost is None else largest / 1e-6
-        self._survivors = Survivors({p: len(s.scores) for p, s in fitted.points.items()})
+        read = {TapPoint(layer, "in"): len(energies) for layer, energies in fitted.energies.items()}
+        self._survivors = Survivors({**read, **{p: len(s.scores) for p, s in fitted.points.items()}})
 
     @property
     def fitted(self) -> FittedScores:
@@ -209,7 +216,7 @@ class DIImportance(tp.importance.Importance):
         found = group_from_torch_pruning(graph, full)
         norms, converted = norms_of(full, found), self._named(graph, full, found)
         if not self._current(graph, full, converted) and self._again is not None:
-            self.fit(*self._again)
+            self._fit(*self._again)
         self._survivors.remember(key_of(graph, full), converted)
         rows, tap = self._tensors(converted)
         at = {point: scores for point, _, scores in rows}
@@ -219,7 +226,8 @@ class DIImportance(tp.importance.Importance):
             raise NotFittedError(f"expected a layer of the group of {name!r} to run on the data given to fit, none of "
                                  f"these did: {where}; fit on data that reaches them, or ignore them")  # fmt: skip
         energies = self._energies(converted)
-        scores = self._scores(converted, losses, energies, norms)
+        units = self._units.setdefault(key_of(graph, full), converted.channels // converted.blocks)
+        scores = self._scores(converted, losses, energies, norms, ceil(self.floor * units))
         heard = (None if values is None else values[chosen] for values in (energies, norms))
         return Explanation(name, "", scores[chosen], losses[chosen], *heard, tuple(rows))
 
@@ -235,10 +243,12 @@ class DIImportance(tp.importance.Importance):
                     total.index_add_(0, torch.tensor(member.roots), left[list(member.channels)])
         return total
 
-    def _scores(self, group: ChannelGroup, losses: Tensor, energies: Tensor | None, norms: Tensor | None) -> Tensor:
+    def _scores(
+        self, group: ChannelGroup, losses: Tensor, energies: Tensor | None, norms: Tensor | None, spared: int
+    ) -> Tensor:
         scores = losses if self.per_cost is None else losses / self.per_cost(group, self.fitted)
         scores = hand_out(scores, self.ranking(scores, energies, norms), group.blocks)
-        return lift_best(scores, self.floor, self._ceiling, group.blocks)
+        return lift_best(scores, spared, self._ceiling, group.blocks)
 
     def _named(self, graph: Any, group: Any, converted: ChannelGroup) -> ChannelGroup:
         """Members by the names of the model that was fitted, which the graph's model may only be a part of."""

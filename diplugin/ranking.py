@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -80,14 +79,13 @@ def hand_out(losses: Tensor, values: Tensor, blocks: int = 1) -> Tensor:
     return given.flatten()
 
 
-def lift_best(scores: Tensor, share: float, by: float, blocks: int = 1) -> Tensor:
-    """Scores with `by` added to the best `share` of the units (at least one), which a threshold then spares.
+def lift_best(scores: Tensor, count: int, by: float, blocks: int = 1) -> Tensor:
+    """Scores with `by` added to the best `count` units, which a threshold then spares.
 
-    >>> lift_best(torch.tensor([1.0, 2.0, 3.0]), 0.4, 10.0)
+    >>> lift_best(torch.tensor([1.0, 2.0, 3.0]), 2, 10.0)
     tensor([ 1., 12., 13.])
     """
     by_unit = scores.view(blocks, -1).sum(0)
-    count = min(len(by_unit), max(1, ceil(share * len(by_unit)))) if share > 0 else 0
     lifted = scores.view(blocks, -1).clone()
     lifted[:, by_unit.argsort(descending=True, stable=True)[:count]] += by
     return lifted.flatten()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import diplugin
 from diplugin.discriminant import channel_scores
 from diplugin.errors import DataError, FrozenLayersWarning, ModelError, NotFittedError, PlanError, StaleScoresWarning
 from diplugin.fitted_scores import MACs
-from diplugin.taps import AtLayer, Largest, Mean, TapPoint
+from diplugin.taps import AtLayer, AtNorm, Largest, Mean, TapPoint
 
 SIDE = 8
 
@@ -223,10 +224,10 @@ def test_iterative_pruning_follows_every_group():
 
 def test_refit_scores_the_network_as_it_is():
     model, batch = make(), data()
-    importance = DIImportance(refit=True).fit(model, [batch])
+    importance = DIImportance(refit=True, floor=0.0).fit(model, [batch])  # a floor is of the channels at first
     pruner = pruner_of(model, importance, iterative_steps=2)
     pruner.step()
-    fresh = DIImportance().fit(model, [batch])
+    fresh = DIImportance(floor=0.0).fit(model, [batch])
     torch.testing.assert_close(importance(group_of(model, "conv1")), fresh(group_of(model, "conv1")))
     pruner.step()
     assert model.conv1.out_channels == 6
@@ -260,6 +261,37 @@ def test_explanation_names_the_tensors():
     told = importance.explain(group_of(model, "stem"))
     assert {point for point, _, _ in told.tensors} == {TapPoint("stem", "out"), TapPoint("conv2", "out")}
     assert "output of conv2: DI 0." in str(told)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_floor_is_of_the_channels_at_first(refit: bool):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 40, 3), nn.ReLU(), nn.Flatten(),
+                          nn.Linear(40 * (SIDE - 4) ** 2, 3))  # fmt: skip
+    importance = DIImportance(floor=0.5, refit=refit).fit(model, [data()])
+    pruner = tp.pruner.BasePruner(model, (X,), importance, global_pruning=True, pruning_ratio=0.48, iterative_steps=6,
+                                  ignored_layers=[model[5]])  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StaleScoresWarning)
+        for _ in range(6):
+            pruner.step()
+    assert min(model[0].out_channels, model[2].out_channels) >= 20
+    assert model[0].out_channels + model[2].out_channels < 50
+
+
+@pytest.mark.parametrize("tap", [AtLayer(), AtNorm()])
+def test_energies_follow_the_survivors_whatever_is_tapped(tap: Any):
+    model = make()
+    importance = DIImportance(tap=tap).fit(model, [data()])
+    before = importance.explain(group_of(model, "conv1")).energies
+    group = group_of(model, "conv1", [1, 4])
+    importance(group)
+    group.prune()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StaleScoresWarning)
+        full = group._DG.get_pruning_group(model.conv1, tp.prune_conv_out_channels, list(range(10)))
+        after = importance.explain(full).energies
+    torch.testing.assert_close(after, before[[c for c in range(len(before)) if c not in (1, 4)]])
 
 
 def test_channels_go_in_the_order_of_what_the_explanation_holds():

@@ -23,7 +23,7 @@ def test_handing_out_permutes_the_losses_into_the_order_of_the_values(losses: li
 def test_units_keep_together() -> None:
     losses, values = torch.tensor([3.0, 1.0, 30.0, 10.0]), torch.tensor([0.0, 5.0, 0.1, 5.0])
     assert hand_out(losses, values, blocks=2).tolist() == [1.0, 3.0, 10.0, 30.0]
-    assert lift_best(losses, 0.5, 100.0, blocks=2).tolist() == [103.0, 1.0, 130.0, 10.0]
+    assert lift_best(losses, 1, 100.0, blocks=2).tolist() == [103.0, 1.0, 130.0, 10.0]
 
 
 def test_rankings() -> None:
@@ -47,5 +47,5 @@ def test_two_ranks_count_alike_and_scales_do_not() -> None:
 
 def test_a_floor_of_nothing_changes_nothing() -> None:
     scores = torch.tensor([1.0, 2.0])
-    assert lift_best(scores, 0.0, 5.0).tolist() == [1.0, 2.0]
-    assert lift_best(scores, 1.0, 5.0).tolist() == [6.0, 7.0]
+    assert lift_best(scores, 0, 5.0).tolist() == [1.0, 2.0]
+    assert lift_best(scores, 2, 5.0).tolist() == [6.0, 7.0]
