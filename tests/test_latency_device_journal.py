@@ -54,6 +54,11 @@ def ids(plan: ProfilePlan) -> set[str]:
     return {job.id for job in plan.jobs}
 
 
+def test_a_folder_in_the_journals_place_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(device.ProfileError, match="cannot be written"):
+        run(small_plan(), tmp_path)
+
+
 def test_every_job_gets_one_row(tmp_path: Path) -> None:
     plan = small_plan()
     run(plan, tmp_path / "j")

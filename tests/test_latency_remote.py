@@ -85,6 +85,42 @@ def test_a_wiped_device_goes_on_with_the_journal_that_is_here(tmp_path: Path, st
     assert complete(plan, journal) and journal.read_bytes().splitlines(keepends=True)[:5] == kept
 
 
+def test_a_journal_of_another_plan_is_left_alone_and_never_sent(tmp_path: Path, stand_in: StandIn) -> None:
+    other, mine = small_plan(), small_plan(entries=3)
+    remote, journal = stand_in(f"touch {tmp_path}/called"), tmp_path / "precious.jsonl"
+    run_bundle_there(remote, other.save(tmp_path / "other.pyz"), journal)
+    (tmp_path / "called").unlink()
+    before, bundle = journal.read_bytes(), mine.save(tmp_path / "b.pyz")
+    with pytest.raises(TableError, match="another plan"):
+        run_bundle_there(remote, bundle, journal)
+    assert journal.read_bytes() == before and not (tmp_path / "called").exists()
+    assert run_bundle_there(remote, bundle, tmp_path / "b.jsonl") == len(mine.jobs)
+    assert complete(mine, tmp_path / "b.jsonl")
+
+
+def test_a_journal_of_another_plan_does_not_come_back(tmp_path: Path, stand_in: StandIn) -> None:
+    """Whatever lies on the device under this plan's name."""
+    plan, journal = small_plan(entries=3), tmp_path / "b.jsonl"
+    bundle, remote = plan.save(tmp_path / "b.pyz"), stand_in("")
+    run_bundle_there(remote, small_plan().save(tmp_path / "other.pyz"), tmp_path / "other.jsonl")
+    shutil.copy(tmp_path / "other.jsonl", Path(remote.folder) / f"b-{plan.plan['sha256'][:12]}.jsonl")
+    passing = stand_in('case "$last" in *--wait*) exit 0;; esac')
+    for there in (remote, passing):
+        with pytest.raises(DeviceError, match="another plan"):
+            run_bundle_there(there, bundle, journal)
+        assert not journal.exists()
+
+
+@pytest.mark.parametrize("place", ["no folder/b.jsonl", "."])
+def test_a_journal_that_cannot_be_written_is_said_before_any_work(
+    place: str, tmp_path: Path, stand_in: StandIn
+) -> None:
+    remote = stand_in(f"touch {tmp_path}/called")
+    with pytest.raises(TableError, match="--journal"):
+        run_bundle_there(remote, small_plan().save(tmp_path / "b.pyz"), tmp_path / place)
+    assert not (tmp_path / "called").exists()
+
+
 def test_a_connection_lost_once_is_taken_up_again(tmp_path: Path, stand_in: StandIn) -> None:
     plan, flag = small_plan(), tmp_path / "lost"
     remote = stand_in(

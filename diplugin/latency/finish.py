@@ -36,14 +36,9 @@ def finish(plan: Mapping[str, Any], journal: str | Path, *, name: str = "", devi
     Raises:
         TableError: the journal is damaged, of another plan, or lacks rows; or plan and rows make no sense together.
     """
-    try:
-        header, rows = device.read_journal(str(journal))
-    except device.ProfileError as error:
-        raise TableError(str(error)) from None
+    header, rows = own_journal(plan, journal)
     if header is None:
         raise TableError(f"expected a profile journal in {str(journal)!r}, got one without a header: profile again")
-    if header["plan_sha256"] != plan["sha256"]:
-        raise TableError(f"expected the journal of this bundle, got {str(journal)!r} of another plan")
     missing = [job["id"] for job in plan["jobs"] if job["id"] not in rows]
     if missing:
         raise TableError(f"the journal {str(journal)!r} lacks {len(missing)} of {len(plan['jobs'])} rows: run the "
@@ -55,6 +50,21 @@ def finish(plan: Mapping[str, Any], journal: str | Path, *, name: str = "", devi
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise TableError(f"expected rows and a plan that give a table, but {reason}: plan and profile again") from None
     return table
+
+
+def own_journal(plan: Mapping[str, Any], journal: str | Path) -> tuple[Row | None, dict[str, Row]]:
+    """The header of a plan's journal, None if it was not written yet, and its rows by job.
+
+    Raises:
+        TableError: the journal cannot be read, is damaged, or is of another plan.
+    """
+    try:
+        header, rows = device.read_journal(str(journal))
+    except device.ProfileError as error:
+        raise TableError(str(error)) from None
+    if header is not None and header["plan_sha256"] != plan["sha256"]:
+        raise TableError(f"expected the journal of this bundle, got {str(journal)!r} of another plan: name another one")
+    return header, rows
 
 
 def load_bundle(path: str | Path) -> device.Bundle:

@@ -14,13 +14,14 @@ import shlex
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from ..errors import DeviceError
+from ..errors import DeviceError, TableError, first_line
 from . import device
-from .finish import load_bundle
+from .finish import load_bundle, own_journal
 from .onnx_timing import OnnxTiming, onnx_plan, onnx_timing
 
 RETRIES, BACKOFF_S = 5, 2.0
@@ -148,10 +149,11 @@ def run_bundle_there(remote: Remote, bundle: Path, journal: Path, progress: IO[s
     After a lost connection it connects again, a few times; after that the same call goes on with what is done.
 
     Raises:
-        TableError: the bundle is none.
+        TableError: the bundle is none, or the journal here is of another plan or cannot be written.
         DeviceError: the device cannot be reached, or lacks something.
     """
     plan = load_bundle(bundle).plan
+    _check_here(plan, journal)
     stem = f"{bundle.stem}-{plan['sha256'][:12]}"
     for attempt in range(RETRIES + 1):
         try:
@@ -163,34 +165,46 @@ def run_bundle_there(remote: Remote, bundle: Path, journal: Path, progress: IO[s
             remote.call(" ".join(words), progress=progress)
             break
         except ConnectionLost:
-            _bring_back(remote, stem, journal, quiet=True)
+            _bring_back(remote, stem, plan, journal, quiet=True)
             if attempt == RETRIES:
                 raise
             time.sleep(remote.backoff_s * 2**attempt)
         except DeviceError:
-            _bring_back(remote, stem, journal, quiet=True)
+            _bring_back(remote, stem, plan, journal, quiet=True)
             raise
-    return _bring_back(remote, stem, journal)
+    return _bring_back(remote, stem, plan, journal)
 
 
-def _bring_back(remote: Remote, stem: str, journal: Path, *, quiet: bool = False) -> int:
-    """Fetch the journal, replacing the local one only by a readable one with no fewer rows."""
+def _check_here(plan: Mapping[str, Any], journal: Path) -> None:
+    """Hours of a device's work must find a place, and nobody else's measurements in it."""
+    folder = journal.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or (journal.exists() and not journal.is_file()):
+        raise TableError(f"expected a journal that can be written at {str(journal)!r}: make its folder or name "
+                         "another one with --journal")  # fmt: skip
+    if journal.exists():
+        own_journal(plan, journal)
+
+
+def _bring_back(
+    remote: Remote, stem: str, plan: Mapping[str, Any], journal: Path, *, quiet: bool = False
+) -> int:  # fmt: skip
+    """Fetch the journal, replacing the local one only by a readable one of the same plan with no fewer rows."""
     try:
         data = remote.fetch(stem + ".jsonl")
         partial = journal.with_name(journal.name + ".partial")
         partial.write_bytes(data)
         try:
-            _, rows = device.read_journal(str(partial))
-            if not data or (journal.exists() and len(device.read_journal(str(journal))[1]) > len(rows)):
+            _, rows = own_journal(plan, partial)
+            if not data or (journal.exists() and len(own_journal(plan, journal)[1]) > len(rows)):
                 return 0
             os.replace(partial, journal)
             return len(rows)
         finally:
             partial.unlink(missing_ok=True)
-    except (DeviceError, device.ProfileError) as error:
+    except (DeviceError, TableError, OSError) as error:
         if quiet:
             return 0
-        raise DeviceError(f"the journal of {remote.host!r} cannot be brought back: {error}") from None
+        raise DeviceError(f"the journal of {remote.host!r} cannot be brought back: {first_line(error)}") from None
 
 
 def measure_there(remote: Remote, path: str | Path, *, threads: int = 1) -> OnnxTiming:

@@ -28,6 +28,9 @@ class Journal:
         try:
             if os.path.exists(self.path):
                 self._take_up()
+        except OSError as error:
+            self.close()
+            raise ProfileError(f"the journal {self.path!r} cannot be written: {first_line(error)}") from None
         except BaseException:
             self.close()
             raise
