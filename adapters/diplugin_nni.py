@@ -22,7 +22,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from diplugin.errors import DataError, DipluginError, MissingExtraError, ModelError, UserError
-from diplugin.features import CHUNK_SIZE, Forward, GetLabels, Observation, chunks, device_of, labels_of, to_device
+from diplugin.features import (
+    CHUNK_SIZE,
+    Forward,
+    GetLabels,
+    Observation,
+    chunks,
+    device_of,
+    first_images,
+    labels_of,
+    to_device,
+)
 from diplugin.groups import ChannelGroup
 from diplugin.layer_scores import score_layers
 from diplugin.masks import dead_channels, follower_masks, followers, remove_masked
@@ -30,7 +40,6 @@ from diplugin.network import trace_network
 from diplugin.ranking import ByAll, Ranking, hand_out
 from diplugin.samples import call_inputs, collect, forward_any, images_in, on_cpu
 from diplugin.scoring import group_energies, group_norms
-from diplugin.strategies import first_images
 from diplugin.taps import Tap
 
 try:

@@ -23,12 +23,11 @@ from .accuracy import accuracy
 from .contenders import Case, Contender, default_contenders
 from .costs import layer_macs
 from .errors import BudgetError, DataError, ModelError
-from .features import CHUNK_SIZE, Forward, GetLabels, chunks, forward_inputs, labels_of
+from .features import CHUNK_SIZE, Forward, GetLabels, chunks, first_images, forward_inputs, labels_of
 from .holdout import split_holdout
 from .network import record_layers, trace_network
 from .recovery import recalibrate_batchnorm
 from .sources import DataSource
-from .strategies import first_images
 from .whole_files import write_text
 
 

@@ -78,6 +78,10 @@ class DISaturationWarning(UserWarning):
     """DI is so near 1 that the ranking of channels is mostly noise: use more images or a larger rho."""
 
 
+class OneClassWarning(UserWarning):
+    """Chunks of images that all have one label were left out, since they tell no channel from another."""
+
+
 class StaleScoresWarning(UserWarning):
     """Scores are used on a model that has changed since they were computed."""
 

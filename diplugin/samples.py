@@ -10,25 +10,21 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import DataError, DipluginError, first_line
-from .features import Observation, device_of, forward_inputs, to_device
+from .features import Observation, device_of, first_images, forward_inputs, to_device
 from .modes import evaluating
 
 
 def collect(loader: Any, images: int) -> list[Any]:
-    """The first batches of a loader, up to about `images` images, on the CPU: the same ones whenever they are read.
+    """The first `images` images of a loader in its batches, on the CPU: the same ones whenever they are read.
+
+    The last batch is cut where all its leaves are of one length, and kept whole elsewhere.
 
     Raises:
         DataError: not a loader, or one that yields nothing.
     """
     if isinstance(loader, (str, bytes, Mapping, Tensor)) or not isinstance(loader, Iterable):
         raise DataError(f"expected a loader of (inputs, labels) batches, got {type(loader).__name__}")
-    batches: list[Any] = []
-    seen = 0
-    for batch in loader:
-        batches.append(on_cpu(batch))
-        seen += images_in(batch)
-        if seen >= images:
-            break
+    batches = [on_cpu(batch) for batch in first_images(loader, images)]
     if not batches:
         raise DataError("expected a loader that yields batches, got an empty one")
     return batches

@@ -50,12 +50,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/torch_pruning_resnet"))
     args = parser.parse_args(arguments)
 
+    from diplugin.features import first_images
+    from diplugin.holdout import split_holdout
     from diplugin.sources import load_data, load_model
-    from diplugin.strategies import first_images
     from diplugin.surgery import save_pruned
 
     model, example = load_model(args.model, args.weights), torch.randn(1, 3, 64, 64)
-    loader = noise() if args.data is None else list(first_images(load_data(args.data).train, 1000))
+    loader = (
+        noise() if args.data is None else list(first_images(split_holdout(load_data(args.data).train).scoring, 1000))
+    )
     before = sum(p.numel() for p in model.parameters())
     plan = prune(model, loader, example)
     save_pruned(model, plan, args.out)

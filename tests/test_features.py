@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diplugin.discriminant import channel_scores
-from diplugin.errors import DataError, DISaturationWarning, ModelError, UserError
-from diplugin.features import Observation, chunks, labels_of, score_points
+from diplugin.errors import DataError, DISaturationWarning, ModelError, OneClassWarning, UserError
+from diplugin.features import Observation, chunks, first_images, labels_of, score_points
 from diplugin.taps import TapPoint
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
@@ -27,6 +27,25 @@ def numbered(total: int, batch: int) -> list[tuple[Tensor, Tensor]]:
 
 
 # --- chunks ---
+
+
+def test_first_images_end_within_a_batch() -> None:
+    ids = torch.arange(10)
+    batches = [{"x": part, "name": "kept", "y": part * 2} for part in ids.split(4)]
+    found = list(first_images(batches, 6))
+    assert torch.equal(torch.cat([b["x"] for b in found]), ids[:6])
+    assert torch.equal(torch.cat([b["y"] for b in found]), ids[:6] * 2)
+    assert [b["name"] for b in found] == ["kept", "kept"]
+    assert len(list(first_images(batches, 4))) == 1
+    assert len(list(first_images(batches, 99))) == 3
+    rest = iter(batches)
+    assert len(list(first_images(rest, 4))) == 1 and len(list(rest)) == 2  # no batch more is read
+    assert list(first_images(batches, 0)) == []
+
+
+def test_batches_that_cannot_be_cut_come_whole() -> None:
+    uneven = [(torch.zeros(3), torch.zeros(5))] * 2
+    assert [len(x) for x, _ in first_images(uneven, 4)] == [3, 3]
 
 
 @given(total=st.integers(1, 90), batch=st.integers(1, 100), size=st.integers(1, 30))
@@ -273,8 +292,10 @@ def test_chunks_of_one_class_say_nothing_and_do_no_harm(make_net: MakeNet, make_
     images, labels = data.images[order], data.labels[order]
     point = TapPoint("7", "in")
     for targets in (labels, F.one_hot(labels)):
-        got = score_points(model, [(images, targets)], [point], Observation(chunk_size=10))[point]
-        assert 0 < got.images < 90
+        whole = sum(len(set(chunk.tolist())) > 1 for chunk in labels.split(10))
+        with pytest.warns(OneClassWarning, match=f"{9 - whole} of 9 chunks hold images of one class"):
+            got = score_points(model, [(images, targets)], [point], Observation(chunk_size=10))[point]
+        assert got.images == 10 * whole
 
 
 def test_a_layer_that_never_runs_is_left_out(make_images: Any) -> None:

@@ -14,25 +14,9 @@ from diplugin.network import trace_network
 from diplugin.ranking import ByLoss
 from diplugin.recovery import Recalibrate
 from diplugin.scoring import score_groups
-from diplugin.strategies import OneShot, first_images
+from diplugin.strategies import OneShot
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
-
-
-def test_first_images_end_within_a_batch() -> None:
-    ids = torch.arange(10)
-    batches = [{"x": part, "name": "kept", "y": part * 2} for part in ids.split(4)]
-    found = list(first_images(batches, 6))
-    assert torch.equal(torch.cat([b["x"] for b in found]), ids[:6])
-    assert torch.equal(torch.cat([b["y"] for b in found]), ids[:6] * 2)
-    assert [b["name"] for b in found] == ["kept", "kept"]
-    assert len(list(first_images(batches, 4))) == 1
-    assert len(list(first_images(batches, 99))) == 3
-
-
-def test_batches_that_cannot_be_cut_come_whole() -> None:
-    uneven = [(torch.zeros(3), torch.zeros(5))] * 2
-    assert [len(x) for x, _ in first_images(uneven, 4)] == [3, 3]
 
 
 def test_scores_are_those_of_the_first_images_and_energies_come_along(make_net: MakeNet, make_images: Any) -> None:

@@ -49,11 +49,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> tuple[NetworkTrace, GroupScores, ScoreProfile]:
-    from ..features import ScoreProfile, UntilStable, move_to
+    from ..features import ScoreProfile, UntilStable, first_images, move_to
     from ..holdout import split_holdout
     from ..network import trace_network
     from ..scoring import score_groups
-    from ..strategies import first_images
 
     until = None if args.until_stable is None else UntilStable(args.until_stable)
     model, inputs = model_of(args)

@@ -101,6 +101,23 @@ def chunks(loader: Iterable[Any], size: int = CHUNK_SIZE) -> Iterator[Any]:
         yield _join(pending)
 
 
+def first_images(loader: Iterable[Any], images: int) -> Iterator[Any]:
+    """Batches of a loader until `images` images have gone by, none more; the last is cut where its leaves allow."""
+    left = images
+    for batch in loader if left > 0 else ():
+        rows = [x for x in pytree.tree_leaves(batch) if _has_rows(x)]
+        length = len(rows[0]) if rows else 1
+        whole = length <= left or any(len(x) != length for x in rows)
+        yield batch if whole else pytree.tree_map(lambda x, left=left: x[:left] if _has_rows(x) else x, batch)
+        left -= length
+        if left <= 0:
+            return
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
+
+
 def batch_length(batch: Any) -> int | None:
     """How many images a batch holds; None where it cannot be cut, since its leaves are not tensors of one length.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..discriminant import ChunkScores, ScoreAverage, Sketch, label_targets, unit_targets, warn_if_saturated
-from ..errors import DataError, DipluginError, ModelError, first_line
+from ..errors import DataError, DipluginError, ModelError, OneClassWarning, first_line
 from ..taps import TapPoint
 from ..team import Team, current_team
 from .batches import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, forward_inputs, labels_of, to_device
@@ -80,9 +81,17 @@ def score_points(
     if scene.misfits and not results:
         raise DataError(next(iter(scene.misfits.values())))
     if results:
+        if not scene.misfits:
+            _warn_of_one_class(sum(not chunk for chunk in scored), len(scored))
         point = max(results, key=lambda p: results[p].di)
         warn_if_saturated(results[point].di, point.layer)
     return results
+
+
+def _warn_of_one_class(silent: int, chunks: int) -> None:
+    if silent:
+        warnings.warn(f"{silent} of {chunks} chunks hold images of one class and are left out: shuffle the data",
+                      OneClassWarning, stacklevel=3)  # fmt: skip
 
 
 def _run(

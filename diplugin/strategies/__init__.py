@@ -4,7 +4,7 @@ from .clock import search_by_clock
 from .cut_loss import CutLoss
 from .job import Job, Shrunk
 from .measured_cuts import MeasuredCuts
-from .one_shot import OneShot, Strategy, first_images
+from .one_shot import OneShot, Strategy
 from .schedules import Geometric, Linear, Schedule
 from .structure_distillation import StructureDistillation
 
@@ -19,6 +19,5 @@ __all__ = [
     "Shrunk",
     "Strategy",
     "StructureDistillation",
-    "first_images",
     "search_by_clock",
 ]

@@ -11,10 +11,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..costs import Budget, CostModel
-from ..features import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, forward_inputs, labels_of, to_device
+from ..features import (
+    CHUNK_SIZE,
+    Forward,
+    GetLabels,
+    chunks,
+    device_of,
+    first_images,
+    forward_inputs,
+    labels_of,
+    to_device,
+)
 from ..network import NetworkTrace
 from ..plan import PruningPlan
 from ..ranking import ByAll, Ranking, hand_out
@@ -126,20 +135,3 @@ class Strategy(Protocol):
             scores: of the unpruned network.
         """
         ...
-
-
-def first_images(loader: Iterable[Any], images: int) -> Iterable[Any]:
-    """Batches of a loader until `images` images have gone by; the last one is cut where its leaves allow it."""
-    seen = 0
-    for batch in loader:
-        if seen >= images:
-            return
-        leaves = [x for x in pytree.tree_leaves(batch) if _rows(x)]
-        length, left = len(leaves[0]) if leaves else 1, images - seen
-        whole = length <= left or any(len(x) != length for x in leaves)
-        yield batch if whole else pytree.tree_map(lambda x, left=left: x[:left] if _rows(x) else x, batch)
-        seen += length
-
-
-def _rows(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0
