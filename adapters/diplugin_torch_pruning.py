@@ -180,7 +180,7 @@ class DIImportance(tp.importance.Importance):
         return self._fitted
 
     def save(self, path: str | Path) -> None:
-        """Write the fitted scores as one safetensors file; what the constructor was given is not in it."""
+        """Write the fitted scores as one safetensors file, with rho, chunk size and class weight, no more options."""
         self.fitted.save(path)
 
     @classmethod

@@ -12,13 +12,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .discriminant import ChunkScores
@@ -27,10 +27,13 @@ from .features import Observation, score_points
 from .groups import ChannelGroup, GroupMember, Side
 from .reader_energy import measuring
 from .taps import TapPoint
-from .whole_files import writing_whole
+from .whole_files import write_bytes
 
 SCHEMA = 1
 _HEADER, _ENERGY = "diplugin", "energy:"
+_SETTINGS = {"rho", "chunk_size", "class_weight"}
+_FLOATS = (torch.float32, torch.float64)
+_NOT_SCORES = (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 
 
@@ -91,9 +94,8 @@ class FittedScores:
         tensors = {str(i): s.scores.cpu().contiguous() for i, (_, s) in enumerate(points)}
         tensors |= {_ENERGY + name: values.cpu().contiguous() for name, values in self.energies.items()}
         try:
-            with writing_whole(path) as partial:
-                save_file(tensors, str(partial), metadata={_HEADER: json.dumps(header)})
-        except (OSError, SafetensorError) as error:
+            write_bytes(path, save(tensors, metadata={_HEADER: json.dumps(header)}))
+        except OSError as error:
             raise PlanError(f"expected a path that can be written at {path}, got {first_line(error)}") from error
 
     @classmethod
@@ -115,9 +117,33 @@ class FittedScores:
             }
             layers = {name: LayerRecord(**record) for name, record in header["layers"].items()}
             energies = {n.removeprefix(_ENERGY): t for n, t in tensors.items() if n.startswith(_ENERGY)}
-            return cls(points, layers, energies, header["settings"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            fitted = cls(points, layers, energies, header["settings"])
+            _check(fitted)
+            return fitted
+        except _NOT_SCORES as error:
             raise PlanError(f"expected scores saved by diplugin in {path}, got {first_line(error)}") from error
+
+
+def _check(fitted: FittedScores) -> None:
+    """Raise ValueError unless these could be the scores of a network."""
+    numbers, whole = [fitted.macs, fitted.settings["rho"]], [fitted.settings["chunk_size"]]
+    for layer in fitted.layers.values():
+        numbers += [layer.macs, layer.norm]
+        whole += [layer.in_channels, layer.out_channels]
+    for chunk in fitted.points.values():
+        numbers += [chunk.di, chunk.ridge]
+        whole += [chunk.images]
+    if not all(isinstance(n, int) and n > 0 for n in whole) or not all(isfinite(n) and n >= 0 for n in numbers):
+        raise ValueError("numbers that no network has")
+    rows = [*(chunk.scores for chunk in fitted.points.values()), *fitted.energies.values()]
+    if not fitted.points or not all(
+        t.ndim == 1 and len(t) and t.dtype in _FLOATS and bool(t.isfinite().all()) for t in rows
+    ):
+        raise ValueError("scores that are not finite numbers, one a channel")
+    if any(len(t) != fitted.layers[name].in_channels for name, t in fitted.energies.items()):
+        raise ValueError("energies of another number of channels")
+    if any(point.side not in ("in", "out") for point in fitted.points) or set(fitted.settings) != _SETTINGS:
+        raise ValueError("sides or settings that there are none of")
 
 
 def fit_scores(

@@ -14,7 +14,7 @@ from diplugin.errors import DataError, ModelError
 from diplugin.groups import trace_groups
 from diplugin.reference import (
     check_identities,
-    filter_norms,
+    l1_norms,
     lda_accuracy,
     plot_validation,
     save_validation,
@@ -129,12 +129,12 @@ def test_unusable_features_are_named() -> None:
         check_identities(torch.ones(20, 3), torch.arange(20) % 2)
 
 
-def test_filter_norms_follow_producers_and_transposed_convolutions() -> None:
+def test_l1_norms_follow_producers_and_transposed_convolutions() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))
     groups = {group.name: group for group in trace_groups(model, (torch.randn(1, 1, 8, 8),))}
     for name, dims in (("0", (1, 2, 3)), ("2", (0, 2, 3))):
         weight: Tensor = model[int(name)].weight  # type: ignore[assignment]
-        norms = filter_norms(model, groups[name])
+        norms = l1_norms(model, groups[name])
         assert norms is not None
         torch.testing.assert_close(norms, weight.detach().double().abs().sum(dims))
 

@@ -8,7 +8,7 @@ discriminant analysis what the channels are worth that DI keeps, against those t
 from __future__ import annotations
 
 from .identities import Identity, check_identities, di_along, greedy_order, lda_trace, ridge_value
-from .network import choose_groups, collect, filter_norms, validate_network
+from .network import choose_groups, collect, l1_norms, validate_network
 from .plot import check_outputs, plot_validation
 from .study import (
     FRACTIONS,
@@ -30,8 +30,8 @@ __all__ = [
     "choose_groups",
     "collect",
     "di_along",
-    "filter_norms",
     "greedy_order",
+    "l1_norms",
     "lda_accuracy",
     "lda_trace",
     "mean_accuracies",

@@ -51,7 +51,7 @@ def validate_network(
     if not points:
         raise ModelError("expected a channel group whose features can be read, this model has none: check trace_groups")
     features, labels = collect(model, loader, list(points.values()), images, get_labels, forward)
-    norms = {group.name: filter_norms(model, group) for group in groups}
+    norms = {group.name: l1_norms(model, group) for group in groups}
     usable = {
         name: point
         for name, point in points.items()
@@ -113,7 +113,7 @@ def collect(
     return {point: torch.cat(seen)[:images] for point, seen in parts.items() if seen}, torch.cat(labels)[:images]
 
 
-def filter_norms(model: nn.Module, group: ChannelGroup) -> Tensor | None:
+def l1_norms(model: nn.Module, group: ChannelGroup) -> Tensor | None:
     """L1 norm of the filters that produce each root channel, summed over producers; None where there are none."""
     modules = dict(model.named_modules())
     total = torch.zeros(group.channels, dtype=torch.float64)

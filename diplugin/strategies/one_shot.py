@@ -46,7 +46,7 @@ class OneShot:
         limits: floor and alignment of the widths.
         searcher: chooses the widths: `GreedySearch()` or `ExactSearch()`.
         repairs: what is tried on the cut network; the holdout chooses among them.
-        images: training images used for scores and repairs.
+        images: training images used for scores and repairs; the refit has a number of its own, `Reconstruction.images`.
     """
 
     rho: float = 10.0
