@@ -146,6 +146,10 @@ def _check(fitted: FittedScores) -> None:
         raise ValueError("sides or settings that there are none of")
 
 
+def _one_a_channel(values: Tensor) -> bool:
+    return values.ndim == 1 and len(values) > 0 and values.dtype in _FLOATS and bool(values.isfinite().all())
+
+
 def fit_scores(
     model: nn.Module, loader: Iterable[Any], points: Sequence[TapPoint], observation: Observation | None = None
 ) -> FittedScores:
