@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .errors import PlanError
+from .errors import PlanError, first_line
 from .network import TensorSpec
 from .whole_files import write_text
 
@@ -183,8 +183,15 @@ class PruningPlan:
         )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        write_text(path, self.to_json())
+        """Write the plan as JSON.
+
+        Raises:
+            PlanError: the file cannot be written.
+        """
+        try:
+            write_text(path, self.to_json())
+        except OSError as error:
+            raise PlanError(f"expected a path that can be written at {path}, got {first_line(error)}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:

@@ -12,16 +12,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from .errors import PlanError, first_line
 from .groups import ChannelGroup, remove_channels, trace_groups
 from .plan import PruningPlan
-from .whole_files import writing_whole
+from .whole_files import write_bytes
 
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "weights.safetensors"
+
+#: Types that stand for one another; floats of one byte are in none, as torch can neither check nor convert them all.
+_KINDS = (
+    {torch.float16, torch.bfloat16, torch.float32, torch.float64},
+    {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64},
+    {torch.complex64, torch.complex128},
+    {torch.bool},
+)
 
 
 def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: tuple[Any, ...] | None = None) -> nn.Module:
@@ -53,7 +61,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan, example_inputs: tuple[Any, .
 def _examples(model: nn.Module, plan: PruningPlan) -> tuple[torch.Tensor, ...]:
     try:
         inputs = tuple(spec.example().to(_device(model)) for spec in plan.inputs)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, TypeError, OverflowError) as error:
         raise PlanError(f"expected inputs that can be made in the plan, got {first_line(error)}") from error
     if not inputs:
         raise PlanError("expected example inputs to trace the model with, the plan carries none")
@@ -93,14 +101,17 @@ def save_pruned(model: nn.Module, plan: PruningPlan, folder: str | Path) -> None
         plan.save(folder / PLAN_FILE)
         save_weights(model, folder / WEIGHTS_FILE)
     except OSError as error:
-        raise PlanError(f"expected a folder that can be written at {folder}, got {error}") from error
+        raise PlanError(f"expected a folder that can be written at {folder}, got {first_line(error)}") from error
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write a model's parameters and buffers as safetensors."""
+    """Write a model's parameters and buffers as safetensors.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    with writing_whole(path) as partial:
-        save_file(state, str(partial))
+    write_bytes(path, save(state))
 
 
 def load_pruned(fresh_model: nn.Module, folder: str | Path) -> nn.Module:
@@ -138,7 +149,8 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], where: str)
     """Load weights that must fit the model exactly; batch counters may be missing.
 
     Raises:
-        PlanError: a tensor is missing, left over or of another shape; nothing has been loaded then.
+        PlanError: a tensor is missing, left over, of another shape or kind, or not finite; nothing has been loaded
+            then.
     """
     wanted = model.state_dict()
     missing = [k for k in wanted if k not in weights and not k.endswith("num_batches_tracked")]
@@ -148,6 +160,10 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], where: str)
         name = (missing or left_over or wrong)[0]
         what = "lacks" if missing else "has besides" if left_over else "has in another shape"
         raise PlanError(f"expected weights for this model in {where}, which {what} {name!r}; is it another model's?")
+    odd = next((k for k, v in weights.items() if not any({v.dtype, wanted[k].dtype} <= kind for kind in _KINDS)), None)
+    if odd is not None:
+        raise PlanError(f"expected numbers of the model's kind in {where}, {odd!r} is of {weights[odd].dtype} and the "
+                        f"model's of {wanted[odd].dtype}; convert it or name another file")  # fmt: skip
     bad = next((k for k, v in weights.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())), None)
     if bad is not None:
         raise PlanError(f"expected finite weights in {where}, {bad!r} contains NaN or infinity")

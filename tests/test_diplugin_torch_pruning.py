@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import stat
+import threading
 import warnings
 from typing import Any
 
@@ -318,6 +321,27 @@ def test_save_and_load(tmp_path):
         model.conv1.weight.mul_(1.5)
     with pytest.warns(StaleScoresWarning, match="weights have changed"):
         loaded(group_of(model, "conv1"))
+
+
+def test_saving_into_a_pipe_leaves_it_one(tmp_path):
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    importance = DIImportance().fit(make(), [data()])
+    importance.save(pipe)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    reader.join(30)
+    (tmp_path / "copy").write_bytes(got[0])
+    assert DIImportance.load(tmp_path / "copy").fitted.layers == importance.fitted.layers
+
+
+def test_saving_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    importance = DIImportance().fit(make(), [data()])
+    for path in (tmp_path, tmp_path / "file" / "scores"):
+        with pytest.raises(PlanError, match="can be written"):
+            importance.save(path)
 
 
 def test_loading_something_else(tmp_path):

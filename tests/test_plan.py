@@ -51,6 +51,13 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert PruningPlan.load(tmp_path / "plan.json") == PLAN
 
 
+def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "plan.json"):
+        with pytest.raises(PlanError, match="can be written"):
+            PLAN.save(path)
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),

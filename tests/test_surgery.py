@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
+import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from diplugin.errors import PlanError
 from diplugin.network import NetworkTrace, trace_network
 from diplugin.plan import PruningPlan
-from diplugin.surgery import PLAN_FILE, WEIGHTS_FILE, apply_plan, load_pruned, load_weights, read_weights, save_pruned
+from diplugin.surgery import (
+    PLAN_FILE,
+    WEIGHTS_FILE,
+    apply_plan,
+    load_pruned,
+    load_weights,
+    read_weights,
+    save_pruned,
+    save_weights,
+)
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
 KINDS = ["plain", "residual", "option_a", "vgg", "depthwise", "dense", "grouped", "transposed", "multi_output",
@@ -217,16 +229,17 @@ def broken(saved: Path, how: str) -> None:
         data = json.loads((saved / PLAN_FILE).read_text())
         data["groups"]["0"]["channels"] = 64
         (saved / PLAN_FILE).write_text(json.dumps(data))
-    elif how == "absurd inputs":
+    elif how in ("absurd inputs", "astronomic inputs"):
         data = json.loads((saved / PLAN_FILE).read_text())
-        data["inputs"][0]["shape"] = [10**9, 10**9, 10**9]
+        data["inputs"][0]["shape"] = [10**9, 10**9, 10**9] if how == "absurd inputs" else [1, 3, 10**30, 8]
         (saved / PLAN_FILE).write_text(json.dumps(data))
 
 
 @pytest.mark.parametrize(
     "how",
     ["no plan", "no weights", "weights cut short", "weights are text", "weights are empty", "a tensor is missing",
-     "one too many", "another shape", "NaN", "plan of another width", "absurd inputs"],
+     "one too many", "another shape", "NaN", "plan of another width", "absurd inputs",
+     "astronomic inputs"],
 )  # fmt: skip
 def test_broken_folders_are_plan_errors(make_net: MakeNet, saved: Path, how: str) -> None:
     broken(saved, how)
@@ -251,6 +264,44 @@ def test_weights_that_do_not_fit_change_nothing(make_net: MakeNet, state_of: Any
         assert_same_state(model, before)
     load_weights(model, {k: v for k, v in good.items() if "num_batches" not in k}, "here")
     assert torch.equal(model.state_dict()["0.bias"], good["0.bias"])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2]
+)  # fmt: skip
+def test_weights_of_another_kind_are_refused(make_net: MakeNet, state_of: Any, assert_same_state: Any, dtype) -> None:
+    model, _ = make_net("plain")
+    before = state_of(model)
+    with pytest.raises(PlanError, match=str(dtype)):
+        load_weights(model, {**model.state_dict(), "0.weight": model.state_dict()["0.weight"].to(dtype)}, "here")
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_taken(make_net: MakeNet, dtype: torch.dtype) -> None:
+    model, _ = make_net("plain")
+    given = torch.ones_like(model.state_dict()["0.weight"], dtype=dtype)
+    load_weights(model, {**model.state_dict(), "0.weight": given}, "here")
+    assert torch.equal(model.state_dict()["0.weight"], given.float())
+
+
+def test_weights_go_through_a_pipe(make_net: MakeNet, tmp_path: Path) -> None:
+    pipe, got, (model, _) = tmp_path / "pipe", list[bytes](), make_net("plain")
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    save_weights(model, pipe)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    reader.join(30)
+    state = load(got[0])
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [PLAN_FILE, WEIGHTS_FILE])
+def test_a_folder_in_a_files_place(make_net: MakeNet, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(PlanError, match="can be written"):
+        save_pruned(make_net("plain")[0], plan_for(make_net, "plain"), tmp_path)
 
 
 def test_a_folder_that_cannot_be_written(make_net: MakeNet, tmp_path: Path) -> None:
