@@ -7,6 +7,7 @@ beside the weights, `load_history` repeats it on a fresh model; that works for e
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from diplugin.groups import ChannelGroup, Side, trace_groups
 from diplugin.network import TensorSpec
 from diplugin.plan import PruningPlan
 from diplugin.surgery import WEIGHTS_FILE, load_weights, read_weights, save_weights
+from diplugin.whole_files import write_text
 
 __all__ = ["HISTORY_FILE", "load_history", "plan_of", "save_history"]
 
@@ -54,18 +56,17 @@ def save_history(model: nn.Module, pruner: Any, folder: str | Path, example_inpu
     }
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / HISTORY_FILE).write_text(json.dumps(data), encoding="utf-8")
+        write_text(folder / HISTORY_FILE, json.dumps(data))
         save_weights(model, folder / WEIGHTS_FILE)
     except OSError as error:
-        raise PlanError(f"expected a folder that can be written at {folder}, got {error}") from error
+        raise PlanError(f"expected a folder that can be written at {folder}, got {first_line(error)}") from error
 
 
 def load_history(fresh_model: nn.Module, folder: str | Path) -> nn.Module:
     """Rebuild a pruned network from a fresh, unpruned one, in place; returns the model.
 
     Raises:
-        PlanError: no such files, broken ones, or another architecture's.
+        PlanError: no such files, broken ones, or another architecture's; nothing has been removed then.
     """
     path = Path(folder) / HISTORY_FILE
     try:
@@ -73,23 +74,40 @@ def load_history(fresh_model: nn.Module, folder: str | Path) -> nn.Module:
         if data["schema"] != SCHEMA:
             raise PlanError(f"expected a history of schema {SCHEMA} in {path}, got {data['schema']!r}")
         inputs = tuple(TensorSpec(tuple(s["shape"]), s["dtype"]).example() for s in data["inputs"])
-        history = [(str(name), bool(is_out), [int(i) for i in indices]) for name, is_out, indices in data["history"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        history = [(str(name), bool(is_out), list(indices)) for name, is_out, indices in data["history"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise PlanError(f"expected a pruning history at {path}, got {first_line(error)}") from error
     weights = read_weights(Path(folder) / WEIGHTS_FILE)
     layers = dict(fresh_model.named_modules())
     absent = next((name for name, _, _ in history if name not in layers), None)
     if absent is not None:
         raise PlanError(f"expected the model of the history in {folder}, this one has no layer {absent!r}")
-    graph = dependency_graph(fresh_model, tuple(x.to(device_of(fresh_model)) for x in inputs))
+    # How wide a layer still is at a step shows only when the steps before it are done: on a copy at first.
+    for model in (copy.deepcopy(fresh_model), fresh_model):
+        _repeat(model, history, inputs, str(folder))
+        load_weights(model, weights, str(folder))
+    return fresh_model
+
+
+def _repeat(model: nn.Module, history: History, inputs: tuple[torch.Tensor, ...], where: str) -> None:
+    """Remove, in place, what a history says, one step after another."""
+    graph, layers = dependency_graph(model, tuple(x.to(device_of(model)) for x in inputs)), dict(model.named_modules())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            graph.load_pruning_history(history)
-        except Exception as error:
-            raise PlanError(f"expected the model of the history in {folder}, got {first_line(error)}") from error
-    load_weights(fresh_model, weights, str(folder))
-    return fresh_model
+        for name, is_out, indices in history:
+            try:
+                width = (graph.get_out_channels if is_out else graph.get_in_channels)(layers[name])
+                _check_indices(indices, width or 0)
+                graph.load_pruning_history([(name, is_out, indices)])
+            except Exception as error:
+                raise PlanError(f"expected the model of the history in {where}, got {first_line(error)}") from error
+
+
+def _check_indices(indices: list[Any], width: int) -> None:
+    """torch-pruning takes any list: a channel that is not there, or is named twice, would shrink some layers only."""
+    sound = all(type(i) is int and 0 <= i < width for i in indices)
+    if not sound or len(set(indices)) != len(indices) or len(indices) >= width:
+        raise ValueError(f"a step that removes {str(indices)[:80]} of {width} channels")
 
 
 def plan_of(pruner: Any, unpruned: nn.Module, example_inputs: tuple[Any, ...]) -> PruningPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 
 import diplugin
 from diplugin.errors import PlanError, StaleScoresWarning
-from diplugin.surgery import save_pruned
+from diplugin.surgery import WEIGHTS_FILE, save_pruned
 
 KINDS = ["plain", "residual", "vgg", "depthwise", "dense", "grouped", "transposed", "tokens", "twice"]
 
@@ -58,6 +59,62 @@ def test_iterative_pruning_warns_once(make_net, make_images) -> None:
     with pytest.warns(StaleScoresWarning) as caught:
         pruned(model, inputs, make_images(60), iterative_steps=3)
     assert len(caught) == 1
+
+
+HOSTILE: dict[str, Any] = {
+    "negative": lambda step: step.append(-1), "too large": lambda step: step.append(99),
+    "twice": lambda step: step.append(step[0]), "infinite": lambda step: step.append(float("inf")),
+    "a half": lambda step: step.append(0.5), "true": lambda step: step.append(True),
+    "all": lambda step: step.__setitem__(slice(None), range(8)), "text": lambda step: step.append("0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
+def test_indices_that_cannot_be_are_refused_and_nothing_is_removed(change, make_net, make_images, tmp_path) -> None:
+    model, inputs = make_net("plain")
+    save_history(model, pruned(model, inputs, make_images(60)), tmp_path, inputs)
+    data = json.loads((tmp_path / HISTORY_FILE).read_text())
+    assert len(data["history"]) > 1
+    change(data["history"][-1][2])
+    (tmp_path / HISTORY_FILE).write_text(json.dumps(data))
+    fresh, _ = make_net("plain")
+    shapes = [p.shape for p in fresh.parameters()]
+    with pytest.raises(PlanError, match="expected") as error:
+        load_history(fresh, tmp_path)
+    assert "\n" not in str(error.value)
+    assert [p.shape for p in fresh.parameters()] == shapes
+
+
+@pytest.mark.filterwarnings("ignore::diplugin.errors.StaleScoresWarning")
+def test_an_index_past_what_earlier_steps_left_is_refused(make_net, make_images, tmp_path) -> None:
+    model, inputs = make_net("plain")
+    width = model[0].out_channels
+    save_history(model, pruned(model, inputs, make_images(60), iterative_steps=2), tmp_path, inputs)
+    data = json.loads((tmp_path / HISTORY_FILE).read_text())
+    last = next(step for step in reversed(data["history"]) if step[0] == "0")
+    last[2][-1] = width - 1
+    (tmp_path / HISTORY_FILE).write_text(json.dumps(data))
+    with pytest.raises(PlanError, match="removes"):
+        load_history(make_net("plain")[0], tmp_path)
+
+
+@pytest.mark.parametrize("name", [HISTORY_FILE, WEIGHTS_FILE])
+def test_a_folder_in_a_files_place(name: str, make_net, make_images, tmp_path) -> None:
+    model, inputs = make_net("plain")
+    (tmp_path / name).mkdir()
+    with pytest.raises(PlanError, match="can be written"):
+        save_history(model, pruned(model, inputs, make_images(60)), tmp_path, inputs)
+
+
+def test_a_history_is_whole_or_not_there(make_net, make_images, tmp_path, monkeypatch) -> None:
+    model, inputs = make_net("plain")
+    pruner = pruned(model, inputs, make_images(60))
+    save_history(model, pruner, tmp_path, inputs)
+    before = (tmp_path / HISTORY_FILE).read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(PlanError, match="killed"):
+        save_history(model, pruner, tmp_path, (inputs[0].repeat(2, 1, 1, 1),))
+    assert (tmp_path / HISTORY_FILE).read_bytes() == before
 
 
 def test_broken_files_and_other_models(make_net, make_images, tmp_path) -> None:
