@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .costs import Budget
 from .discriminant.targets import check_positive
-from .errors import BudgetError, DataError, ModelError, UserError
+from .errors import BudgetError, DataError, ModelError, UserError, first_line
 from .measurements import versions
 from .recovery import FineTuning
 from .run_folder import recorded
 from .strategies import OneShot, Strategy
+from .table_format import document_from_table
 from .tables import LatencyTable
+
+#: torch, NumPy and scikit-learn all take a seed up to here.
+LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -53,20 +59,25 @@ class Configuration:
             raise UserError("expected a repair to try at least, such as Recalibrate(), got none")
         if not self.budgets:
             raise BudgetError("expected a budget such as macs=0.5, got none")
+        if not isinstance(self.seed, int) or not 0 <= self.seed <= LARGEST_SEED:
+            raise UserError(f"expected a seed from 0 to {LARGEST_SEED}, got {self.seed!r:.80}")
 
     def record(self, model: nn.Module) -> dict[str, Any]:
         """As JSON; two runs with the same record and data are the same run.
 
         Raises:
-            ModelError: not a module.
+            ModelError: not a module, or one whose weights cannot be read.
         """
         if not isinstance(model, nn.Module):
             raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        table = self.latency_table
         return {
             "model": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "budgets": [str(budget) for budget in self.budgets],
-            "latency_table": self.latency_table.name if self.latency_table is not None else None,
+            "weights": _digest(model),
+            "budgets": [_exactly(budget) for budget in self.budgets],
+            "latency_table": None if table is None else table.name,
+            "latency_table_sha256": None if table is None else document_from_table(table)["sha256"],
             "recovery": recorded(self.recovery),
             "strategy": None if self.strategy is None else self.strategy.record(),
             "bits": None if self.bits is None else json.loads(json.dumps(asdict(self.bits), default=str)),
@@ -76,3 +87,27 @@ class Configuration:
             "repairs": [repr(repair) for repair in self.once.repairs],
             "holdout": self.holdout, "seed": self.seed, "versions": versions(),
         }  # fmt: skip
+
+
+def _exactly(budget: Budget) -> str:
+    """A budget in words, with all the digits of its number: one that differs in the last is another run's."""
+    if budget.fraction is not None:
+        return f"{budget.cost} <= {float(budget.fraction)!r} of the unpruned network"
+    return f"{budget.cost} <= {float(budget.limit or 0)!r}"
+
+
+def _digest(model: nn.Module) -> str:
+    """What tells a network's weights from others of the same architecture: a hash of its state.
+
+    Raises:
+        ModelError: there are weights without values, such as those of a lazy layer or on the meta device.
+    """
+    digest = hashlib.sha256()
+    try:
+        for name, tensor in model.state_dict().items():
+            if isinstance(tensor, Tensor):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"expected a model whose weights can be read, got {first_line(error)}") from error
+    return digest.hexdigest()[:16]

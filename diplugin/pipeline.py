@@ -24,7 +24,6 @@ from .boundary import GuardedLoader, guarded_forward, guarded_labels
 from .configuration import Configuration
 from .costs import Budget, CostModel, PeakActivationMemory, macs, params
 from .costs.latency import LatencyCost
-from .errors import DipluginError
 from .features import Forward, GetLabels, device_of, forward_inputs, labels_of
 from .holdout import Split, split_holdout
 from .measurements import Measure, finite, verdict, versions
@@ -148,7 +147,7 @@ def compress(
                 measure = Measure(judged, inputs, latency_table, get_labels, forward, Path(scratch) / "unpruned.onnx")
                 run = _Run(folder, asked, model, split, measure, test_loader is not None, tell or (lambda _: None))
                 result = run.result()
-        except DipluginError:
+        except Exception:
             folder.abandon()
             raise
     return result if out is not None else replace(result, folder=None)
@@ -266,13 +265,16 @@ class _Run:
         return result
 
     def finish(self, plan: PruningPlan) -> None:
-        table = self.measure.table
+        table, described = self.measure.table, None
+        if table is not None:
+            device = table.provenance.get("device")
+            described = {**table_info(table), "threads": table.setting.threads, "profiled_on": device}
         self.metrics.update(
             budgets=[verdict(budget, self.metrics["base"], plan, self.final) for budget in self.asked.budgets],
             seconds={name: round(value, 3) for name, value in self.seconds.items()},
             data={"chose": f"{self.split.sizes[0]} training images",
                   "judged": "test data, read once" if self.tested else f"holdout of {self.split.sizes[1]} images"},
-            latency_table=None if table is None else table_info(table), versions=versions(), seed=self.asked.seed,
+            latency_table=described, versions=versions(), seed=self.asked.seed,
         )  # fmt: skip
         self.folder.write_json(METRICS, finite(self.metrics))
         write_report(self.folder.path)

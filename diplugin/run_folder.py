@@ -16,6 +16,7 @@ Every file appears under its name only when it is complete. A run is whole when 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 import warnings
@@ -40,25 +41,35 @@ class RunFolder:
     """A folder that belongs to one run.
 
     Raises:
-        PlanError: the folder holds something already and `resume` was not asked for, or holds another run's settings.
+        PlanError: the folder holds something already and `resume` was not asked for, holds another run's settings, or
+            cannot be written.
     """
 
     def __init__(self, path: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
         self.path = Path(path)
-        self._fresh = not self.path.exists()
         try:
+            text = json.dumps(config, indent=1, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"expected settings that can be written down, got {first_line(error)}") from error
+        try:
+            self._fresh = not self.path.exists()
             held = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PlanError(f"expected a folder that can be made at {path}, got {error}") from error
+        except (OSError, ValueError) as error:
+            raise PlanError(f"expected a folder that can be made at {path!s:.100}, got {error!s:.200}") from error
         if not resume:
             refuse_held(self.path)
         if resume and (self.path / CONFIG).exists():
             self._check_same(config)
         elif held:
             raise PlanError(f"expected a run to resume in {self.path}, it holds no {CONFIG}")
-        (self.path / STAGES).mkdir(exist_ok=True)
-        self.write_json(CONFIG, config)
+        try:
+            (self.path / STAGES).mkdir(exist_ok=True)
+            self.write_text(CONFIG, text)
+        except OSError as error:
+            if not held:
+                self.abandon()
+            raise PlanError(f"expected a run folder that can be written at {path}, got {error}") from error
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
         before = read_json(self.path / CONFIG)
@@ -69,10 +80,6 @@ class RunFolder:
                 f"expected the settings of the run to resume, {differing[0]!r} was {before.get(differing[0])!r} "
                 f"and is {now.get(differing[0])!r}; use another folder"
             )
-
-    @property
-    def whole(self) -> bool:
-        return (self.path / METRICS).exists()
 
     def stage(self, name: str) -> Path:
         """Where a stage keeps its checkpoint."""
@@ -87,9 +94,16 @@ class RunFolder:
         write_text(self.path / name, text)
 
     def log(self, line: str) -> None:
-        """Add a line with the time to log.txt."""
-        with (self.path / LOG).open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        """Add a line with the time to log.txt.
+
+        Raises:
+            PlanError: it cannot be written.
+        """
+        try:
+            with (self.path / LOG).open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        except OSError as error:
+            raise PlanError(f"expected a log that can be written at {self.path / LOG}, got {error}") from error
 
     @contextmanager
     def recording_warnings(self) -> Iterator[None]:
@@ -138,26 +152,48 @@ class RunFolder:
 def refuse_held(path: str | Path) -> None:
     """Raise PlanError if there is anything in this folder, or if it is no folder."""
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise PlanError(f"expected a folder for the run at {path}, there is a file")
-    held = sorted(p.name for p in path.iterdir()) if path.exists() else []
+    try:
+        if path.exists() and not path.is_dir():
+            raise PlanError(f"expected a folder for the run at {path}, there is a file")
+        held = sorted(p.name for p in path.iterdir()) if path.exists() else []
+    except OSError as error:
+        raise PlanError(f"expected a folder for the run at {path!s:.100}, got {error!s:.200}") from error
     if held:
         raise PlanError(f"expected an empty folder, {path} holds {held[0]}; choose another, or --resume a killed run")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object, its numbers finite.
 
     Raises:
         PlanError: no such file, or no JSON object in it.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"expected a JSON object at {path}, got {error}") from error
     if not isinstance(data, dict):
         raise PlanError(f"expected a JSON object at {path}, got a {type(data).__name__}")
     return data
+
+
+def cut_figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a run's metrics say of the float network that it ended with, which `model.onnx` holds.
+
+    Raises:
+        PlanError: nothing.
+    """
+    figures = next((metrics[name] for name in ("recovered", "pruned") if metrics.get(name) is not None), None)
+    if not isinstance(figures, dict):
+        raise PlanError(f"expected a whole run in {folder}, its {METRICS} holds no figures of a pruned network")
+    return figures
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.20} is no finite number")
+    return number
 
 
 def recorded(settings: Any) -> dict[str, Any] | None:

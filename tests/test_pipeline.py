@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import diplugin
 from diplugin.accuracy import accuracy
+from diplugin.configuration import Configuration
 from diplugin.costs import macs
-from diplugin.errors import BudgetError, DataError, InfeasibleBudget, ModelError, PlanError
+from diplugin.errors import BudgetError, DataError, InfeasibleBudget, ModelError, PlanError, UserError
 from diplugin.measurements import Measure
 from diplugin.network import trace_network
 from diplugin.onnx_inference import run_onnx
 from diplugin.recovery import FineTuning, Recalibrate, train
 from diplugin.search import ExactSearch
+from diplugin.strategies import OneShot
+from diplugin.tables import LatencyTable, Setting
 
 pytestmark = pytest.mark.usefixtures("brief_timing")
 
@@ -122,6 +127,96 @@ def test_a_killed_run_ends_like_one_that_was_not(trained: nn.Module, loader: Any
     assert resumed.plan == whole.plan
     one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.fixture
+def not_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX files are other tests' affair, and take seconds each."""
+    monkeypatch.setattr(Measure, "exported", lambda *_: {"size_mb": 0.1})
+    monkeypatch.setattr(Measure, "timed", lambda _, *paths: [None] * len(paths))
+
+
+def killed_at(beginning: str, model: nn.Module, loader: Any, out: Path, **settings: Any) -> None:
+    """Leave a run in `out` that was killed once it told a line that begins like this."""
+
+    def kill(line: str) -> None:
+        if line.startswith(beginning):
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(model, loader, out=out, tell=kill, **settings)
+
+
+def test_another_network_does_not_take_up_a_run(
+    trained: nn.Module, loader: Any, tmp_path: Path, not_exported: None
+) -> None:
+    killed_at("traced", trained, loader, tmp_path / "run")
+    other = copy.deepcopy(trained)
+    with torch.no_grad():
+        next(other.parameters())[0, 0, 0, 0] += 1
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(PlanError, match="settings of the run to resume, 'weights' was"):
+        compress(other, loader, out=tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_a_record_tells_apart_what_differs_in_the_last_digit(trained: nn.Module) -> None:
+    setting = Setting("onnxruntime", "1", "CPUExecutionProvider", "all", 1)
+    table = LatencyTable("desk", "bench", setting, ())
+
+    def record(limit: float = 1234567.0, table: LatencyTable = table, **kind: float) -> dict[str, Any]:
+        budget = diplugin.Budget("macs", **(kind or {"limit": limit}))
+        return Configuration((budget,), OneShot(), latency_table=table).record(trained)
+
+    assert record() == record()
+    assert record() != record(limit=1234568.0)
+    assert record(fraction=0.5) != record(fraction=0.5000001)
+    assert record() != record(table=replace(table, overhead_ms=0.1))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda plan: plan.update(costs={}),
+        lambda plan: plan.update(groups={}),
+        lambda plan: plan["groups"].update(more={"channels": 4, "kept": [0]}),
+        lambda plan: plan["costs"]["macs"].update(predicted=1.0),
+        lambda plan: plan["costs"]["macs"].update(base=1.0),
+        lambda plan: plan.update(inputs=[]),
+        lambda plan: next(iter(plan["groups"].values())).update(kept=[0]),
+    ],
+    ids=["no costs", "no groups", "one group more", "another cost", "another base", "no inputs", "other channels"],
+)
+def test_a_plan_that_was_edited_is_not_taken_up(
+    trained: nn.Module, loader: Any, tmp_path: Path, not_exported: None, edit: Any
+) -> None:
+    killed_at("pruned", trained, loader, tmp_path / "run", repairs=(Recalibrate(),))
+    path = tmp_path / "run" / "plan.json"
+    plan = json.loads(path.read_text())
+    edit(plan)
+    path.write_text(json.dumps(plan))
+    with pytest.raises(PlanError, match=r"expected a plan for this network and its costs in .*plan\.json"):
+        compress(trained, loader, out=tmp_path / "run", resume=True, repairs=(Recalibrate(),))
+    assert json.loads(path.read_text()) == plan
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30, 0.5])
+def test_a_seed_that_generators_do_not_take(trained: nn.Module, loader: Any, tmp_path: Path, seed: Any) -> None:
+    with pytest.raises(UserError, match="expected a seed from 0"):
+        compress(trained, loader, out=tmp_path / "run", seed=seed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_any_kind_leaves_a_folder_that_can_be_started(
+    trained: nn.Module, loader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise OverflowError("too large")
+
+    monkeypatch.setattr(Measure, "base", broken)
+    with pytest.raises(OverflowError):
+        compress(trained, loader, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_runs_repeat(trained: nn.Module, loader: Any) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from diplugin.errors import DataError, UserError
+from diplugin.errors import DataError, PlanError, UserError
 from diplugin.recovery import Distillation, EpochReport, FineTuning, label_loss, teacher_loss, train
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
@@ -89,6 +90,48 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     finished = train(copy.deepcopy(model), loader, settings, teacher=teacher, checkpoint=checkpoint)
     assert same(finished, whole)
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def written(change: Callable[[dict[str, Tensor]], Any], epoch: str | None = "1") -> Callable[[Path], Any]:
+    """Changes the tensors of a checkpoint and says that they are of this epoch."""
+
+    def write(path: Path) -> None:
+        state = load_file(path)
+        change(state)
+        save_file(state, path, metadata=None if epoch is None else {"epoch": epoch})
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-50]),
+        lambda path: path.write_bytes(b""),
+        lambda path: torch.save({"a": 1}, path),
+        written(lambda state: None, "x"),
+        written(lambda state: None, "-1"),
+        written(lambda state: None, "3"),
+        written(lambda state: None, None),
+        written(lambda state: state.pop(next(k for k in state if k.endswith("weight")))),
+        written(lambda state: state.update({"momentum.0": torch.zeros(1, 2, 3)})),
+        written(lambda state: state.update({"momentum.99": torch.zeros(3)})),
+        written(lambda state: state.update({"momentum.0": state["momentum.0"] * math.nan})),
+        written(lambda state: state.update({k: v + math.inf for k, v in state.items() if k.endswith("weight")})),
+    ],
+    ids=["cut off", "empty", "pickle", "no number", "before the first", "after the last", "no epoch", "tensor missing",
+         "momentum's shape", "momentum of none", "momentum NaN", "weights infinite"],
+)  # fmt: skip
+def test_a_checkpoint_that_is_broken_is_one_line(
+    make_net: MakeNet, loader: Any, tmp_path: Path, broken: Callable[[Path], Any]
+) -> None:
+    model, _ = make_net("plain")
+    path = tmp_path / "state.safetensors"
+    train(copy.deepcopy(model), loader, FineTuning(epochs=1), checkpoint=path)
+    broken(path)
+    with pytest.raises(PlanError, match=r"state of this training in .*state\.safetensors, .*; remove it") as caught:
+        train(model, loader, FineTuning(epochs=2), checkpoint=path)
+    assert "\n" not in str(caught.value)
 
 
 def test_training_lowers_the_loss(make_net: MakeNet, make_images: Any) -> None:

@@ -46,7 +46,30 @@ def test_a_run_with_a_plan_stays_to_be_resumed(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", {"seed": 0})
     (tmp_path / "run" / "plan.json").write_text("{}")
     folder.abandon()
-    assert (tmp_path / "run" / "config.json").exists() and not folder.whole
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_folder_that_cannot_be_used_is_one_line_and_left_alone(tmp_path: Path) -> None:
+    for name in ("x" * 300, "a\0b"):
+        with pytest.raises(PlanError, match="expected a folder"):
+            RunFolder(tmp_path / name, {"seed": 0})
+    with pytest.raises(PlanError, match="expected a folder for the run"):
+        refuse_held(tmp_path / ("x" * 300))
+    with pytest.raises(PlanError, match="expected settings"):
+        RunFolder(tmp_path / "run", {"lr": float("inf")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_whose_parts_are_of_another_kind_is_one_line(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    (folder.path / "log.txt").mkdir()
+    with pytest.raises(PlanError, match=r"expected a log .*log\.txt"):
+        folder.log("trace begins")
+    (folder.path / "stages").rmdir()
+    (folder.path / "stages").write_text("precious")
+    with pytest.raises(PlanError, match="expected a run folder that can be written"):
+        RunFolder(folder.path, {"seed": 0}, resume=True)
+    assert (folder.path / "stages").read_text() == "precious" and (folder.path / "config.json").exists()
 
 
 def test_json_is_written_whole_and_refuses_nan(tmp_path: Path) -> None:
@@ -57,7 +80,9 @@ def test_json_is_written_whole_and_refuses_nan(tmp_path: Path) -> None:
     assert read_json(tmp_path / "run" / "metrics.json") == {"accuracy": 0.5}
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", "\x00", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{", "\x00", "[" * 100_000, '{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}']
+)
 def test_broken_json_is_one_clear_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.json").write_text(text)
     with pytest.raises(PlanError, match=r"expected a JSON object"):

@@ -40,6 +40,16 @@ def positive(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """argparse type: an integer that every generator takes."""
+    from ..configuration import LARGEST_SEED
+
+    value = int(text)
+    if not 0 <= value <= LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"expected 0 to {LARGEST_SEED}, got {value}")
+    return value
+
+
 def example_shape(text: str) -> tuple[int, ...]:
     """`1,3,32,32` as numbers.
 
@@ -65,7 +75,7 @@ def model_of(args: argparse.Namespace) -> tuple[nn.Module, tuple[torch.Tensor, .
     model = load_model(args.model, args.weights).eval()
     try:
         return model, (torch.randn(shape, generator=torch.Generator().manual_seed(0)),)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, TypeError, MemoryError) as error:
         raise ModelError(f"expected an --example-shape that fits into memory, got {args.example_shape}") from error
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import Teller, add_data, add_model, data_of, model_of, positive
+from .common import Teller, add_data, add_model, data_of, model_of, positive, seed
 
 
 def add_parser(subparsers: Any) -> None:
@@ -23,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--test-images", type=positive, metavar="N", help="judge on the first N test images only")
     parser.add_argument("--only", metavar="NAME,NAME", help="contenders whose names contain one of these")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.set_defaults(run=run)
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import Teller, add_data, add_model, data_of, model_of, positive, print_metrics
+from .common import Teller, add_data, add_model, data_of, model_of, positive, print_metrics, seed
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--images", type=positive, default=2000, help="training images scored (default 2000)")
     parser.add_argument("--bits", metavar="SIZE", help="also quantize, to a size such as size_mb=0.3MB")
     parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1 (default cpu)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--resume", action="store_true", help="go on with a run that was killed")
     parser.set_defaults(run=run)
 

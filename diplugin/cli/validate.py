@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import add_data, add_model, data_of, model_of, positive
+from .common import add_data, add_model, data_of, model_of, positive, seed
 
 if TYPE_CHECKING:
     from ..reference import LayerValidation
@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--layer", action="append", metavar="GROUP", help="a channel group; repeat for more (all)")
     parser.add_argument("--images", type=positive, default=1000, help="training images looked at (default 1000)")
     parser.add_argument("--rho", type=float, default=10.0, help="relative ridge of DI (default 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of random orders and folds (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of random orders and folds (default 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them (.png, .svg or .pdf)")
     parser.set_defaults(run=run)

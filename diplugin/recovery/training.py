@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import DataError, UserError
+from ..errors import DataError, PlanError, UserError, first_line
 from ..features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
 from ..modes import modes_kept
 from ..team import Team, current_team
@@ -45,8 +46,8 @@ class FineTuning:
     temperature: float = field(default=4.0, init=False)
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or not self.lr > 0:
-            raise UserError(f"expected epochs of 1 or more and a positive lr, got {self.epochs} and {self.lr}")
+        if self.epochs < 1 or not 0 < self.lr < math.inf:
+            raise UserError(f"expected epochs of 1 or more and a finite positive lr, got {self.epochs} and {self.lr}")
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def train(
 
     Raises:
         DataError: no batches, or a loss or a network that is no longer finite.
+        PlanError: a checkpoint that is broken, or of another training.
     """
     steps = _length(loader)
     optimizer = torch.optim.SGD(_groups(model, settings.weight_decay), lr=settings.lr, momentum=settings.momentum,
@@ -113,7 +115,7 @@ def train(
     team = current_team(loader)
     shared = SharedStep(team)
     with team.guarding(), modes_kept(model):
-        start = _take_up(checkpoint, model, optimizer, team)
+        start = _take_up(checkpoint, model, optimizer, settings.epochs, team)
         for epoch in range(start, settings.epochs):
             torch.manual_seed(seed * 100_003 + epoch)
             model.train()
@@ -195,9 +197,9 @@ def _ask(teacher: nn.Module, batch: Any, forward: Forward) -> Tensor:
         return forward(teacher, batch)
 
 
-def _take_up(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, team: Team) -> int:
+def _take_up(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, team: Team) -> int:
     """The epoch to go on with; all processes go on from the first one's state."""
-    start = torch.tensor([_load_state(path, model, optimizer) if team.rank == 0 else 0])
+    start = torch.tensor([_load_state(path, model, optimizer, epochs) if team.rank == 0 else 0])
     team.follow_first([start])
     team.follow_first([v for v in model.state_dict().values() if isinstance(v, Tensor)])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -224,17 +226,39 @@ def _save_state(path: Path | None, model: nn.Module, optimizer: torch.optim.Opti
         save_file(state, partial, metadata={"epoch": str(epoch)})
 
 
-def _load_state(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """The epoch to go on with."""
+def _load_state(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> int:
+    """The epoch to go on with.
+
+    Raises:
+        PlanError: the file is broken, or of another network or a longer training.
+    """
     if path is None or not path.exists():
         return 0
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        epoch = int((file.metadata() or {}).get("epoch", 0))
-    state = load_file(path)
-    model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
-    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        if f"momentum.{i}" in state:
-            optimizer.state[parameter]["momentum_buffer"] = state[f"momentum.{i}"].to(parameter)
+    try:
+        with safe_open(path, "pt") as file:
+            epoch = int((file.metadata() or {})["epoch"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file is no mapping
+        if not 0 <= epoch <= epochs:
+            raise ValueError(f"epoch {epoch} of {epochs}")
+        _put_back(state, model, optimizer)
+    except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
+        raise PlanError(f"expected the state of this training in {path}, got {type(error).__name__}: "
+                        f"{first_line(error)}; remove it to train anew") from error  # fmt: skip
     return epoch
+
+
+def _put_back(state: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What `_save_state` wrote; ValueError or RuntimeError where it is not this network's, or not finite."""
+    odd = next((k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())), None)
+    if odd is not None:
+        raise ValueError(f"{odd} with numbers that are not finite")
+    parameters = {
+        f"momentum.{i}": p for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])
+    }
+    model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+    for name, momentum in state.items():
+        if name.startswith("model."):
+            continue
+        if name not in parameters or momentum.shape != parameters[name].shape:
+            raise ValueError(f"{name} of shape {tuple(momentum.shape)}, which is no parameter's")
+        optimizer.state[parameters[name]]["momentum_buffer"] = momentum.to(parameters[name])

@@ -9,6 +9,7 @@ spare, and by the clock where the table is this very machine's.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..boundary import GuardedLoader
 from ..costs import Budget, CostModel
+from ..errors import PlanError
 from ..holdout import Split
 from ..measurements import Measure
 from ..network import NetworkTrace
@@ -68,12 +70,34 @@ class Job:
         return min(limit, budget.fraction * self.unpruned_ms)
 
     def plan(self, search: Search) -> PruningPlan:
-        """The plan for the job's budgets, kept in the run folder; a run taken up again finds it there."""
+        """The plan for the job's budgets, kept in the run folder; a run taken up again finds it there.
+
+        Raises:
+            PlanError: the plan that was found is broken, or was not made for this network and these costs.
+        """
         path = self.folder.path / PLAN_FILE
         if path.exists():
-            return PruningPlan.load(path)
+            return self._checked(PruningPlan.load(path), path)
         with self.stage("search"):
             return self.keep(self.search(search))
+
+    def _checked(self, plan: PruningPlan, path: Path) -> PruningPlan:
+        """The plan, if it says of this network what the job's costs say: the verdicts are built on its numbers."""
+        fits = dict(plan.channels) == self.trace.base_widths and plan.inputs == self.trace.inputs
+        for model in self.costs if fits else ():
+            found, expected = plan.costs.get(model.name), (model.base, model.cost(plan.widths))
+            fits = (
+                fits
+                and found is not None
+                and all(
+                    math.isclose(a, b, rel_tol=1e-6)
+                    for a, b in zip((found.base, found.predicted), expected, strict=True)
+                )
+            )
+        if not fits:
+            raise PlanError(f"expected a plan for this network and its costs in {path}, got another's or one that was "
+                            f"edited; use another folder")  # fmt: skip
+        return plan
 
     def keep(self, plan: PruningPlan) -> PruningPlan:
         """The plan, written into the run folder as the one that was carried out."""
