@@ -1,8 +1,8 @@
 """Criteria side by side: one model, one set of images, one amount of work left, many ways to choose channels.
 
 A *contender* (see `contenders`) says which channels leave so that the network does a given fraction of its MACs. All
-contenders prune the same groups, see the same calibration images, and get their BatchNorm recalibrated on them.
-Accuracy is read at the end, on data that nobody chose by.
+contenders prune the same groups and see the same calibration images, on which BatchNorm is recalibrated; `compress`
+repairs its networks by them instead. Accuracy is read at the end, on data that nobody chose by.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .accuracy import accuracy
+from .boundary import GuardedLoader, guarded_forward, guarded_labels
 from .contenders import Case, Contender, default_contenders
 from .costs import layer_macs
 from .errors import BudgetError, DataError, ModelError
@@ -90,7 +91,7 @@ def compare(
         example_inputs: positional inputs at batch 1.
         test_loader: what the pruned networks are judged on.
         fractions: of the unpruned network's MACs.
-        contenders: None for `torch_pruning_contenders()` and `DI_CONTENDERS`.
+        contenders: None for `default_contenders()`.
         holdout: training images beyond the first, for contenders that choose by accuracy.
         tell: called with one line for every row.
 
@@ -100,14 +101,16 @@ def compare(
     """
     if not fractions or not all(0 < f < 1 for f in fractions):
         raise BudgetError(f"expected fractions of the MACs between 0 and 1, got {list(fractions)}")
+    get_labels, forward = guarded_labels(get_labels), guarded_forward(forward)
+    holdout = None if holdout is None else GuardedLoader(holdout)
     model = copy.deepcopy(model).eval()
-    kept = list(chunks(first_images(loader, images), CHUNK_SIZE))
+    kept = list(chunks(first_images(GuardedLoader(loader), images), CHUNK_SIZE))
     if not kept:
         raise DataError("expected a loader that yields training images, got an empty one")
     case = Case(model, example_inputs, trace_network(model, example_inputs), kept, holdout, get_labels, forward)
     if not case.trace.prunable:
         raise ModelError("expected a model with channels that can be removed, found none")
-    judge = _judge(test_loader, get_labels, forward)
+    judge = _judge(GuardedLoader(test_loader), get_labels, forward)
     recalibrated = recalibrate_batchnorm(copy.deepcopy(model), kept, images=images, forward=forward)
     base = judge(model), judge(recalibrated)
     tell(f"unpruned {base[0]:.2%}, recalibrated {base[1]:.2%}")
@@ -166,15 +169,20 @@ def compare_source(
 ) -> Comparison:  # fmt: skip
     """`compare` on a named data source: a holdout is split off its training data, its test data judges.
 
+    Without test data one half of the holdout judges, and contenders choose by the other.
+
     Args:
         test_images: judge on the first so many test images.
         only: contenders whose names contain one of these words, separated by commas.
 
     Raises:
-        DataError: no contender of that name.
+        DataError: no contender of that name, or too few images.
     """
     split = split_holdout(source.train, seed=seed)
-    judged = split.holdout if source.test is None else source.test
+    chosen_by, judged = split.holdout, source.test
+    if judged is None:
+        halves = split_holdout(split.holdout, 0.5, seed)
+        chosen_by, judged = halves.holdout, halves.scoring
     if test_images is not None:
         judged = first_images(judged, test_images)
     words = [word.strip().lower() for word in (only or "").split(",")]
@@ -182,10 +190,10 @@ def compare_source(
     if not chosen:
         names = ", ".join(c.name for c in default_contenders())
         raise DataError(f"expected contenders among {names}; got {only!r}")
-    holdout = list(first_images(split.holdout, 2000))
+    holdout = list(first_images(chosen_by, 2000))
     result = compare(model, split.scoring, example_inputs=example_inputs, test_loader=judged, contenders=chosen,
                      holdout=holdout, seed=seed, **options)  # fmt: skip
-    return replace(result, judged="holdout of the training data" if source.test is None else "test data")
+    return replace(result, judged="half of the training data's holdout" if source.test is None else "test data")
 
 
 def print_comparison(result: Comparison) -> None:

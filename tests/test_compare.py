@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from diplugin.compare import Comparison, Row, compare, count_macs
 from diplugin.contenders import Case, Compress, Criterion, default_contenders, drop_in, torch_pruning_contenders
-from diplugin.errors import BudgetError, DataError
+from diplugin.errors import BudgetError, DataError, ModelError
 from diplugin.network import trace_network
 
 
@@ -98,6 +99,59 @@ def test_bad_input(make_net, make_images) -> None:
             compare(model, images.loader(10), example_inputs=inputs, test_loader=[], fractions=fractions)
     with pytest.raises(DataError, match="empty"):
         compare(model, [], example_inputs=inputs, test_loader=images.loader(10))
+
+
+class Raises(torch.utils.data.Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> Tensor:
+        raise OSError("disk gone")
+
+
+def test_test_data_that_do_not_fit_or_cannot_be_read_are_one_line(make_net, make_images) -> None:
+    images, (model, inputs) = make_images(20), make_net("plain")
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 64, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x).relu().flatten(1))
+
+    large = [(torch.randn(2, 3, 16, 16), torch.zeros(2, dtype=torch.long))]
+    with pytest.raises(ModelError, match="runs on the data") as misfit:
+        compare(Fixed().eval(), images.loader(10), example_inputs=inputs, test_loader=large)
+    unread = torch.utils.data.DataLoader(Raises())
+    for given in ({"loader": unread}, {"test_loader": unread}, {"holdout": unread, "contenders": [Compress()]}):
+        data = {"loader": images.loader(10), "test_loader": images.loader(10), **given}
+        with pytest.raises(DataError, match="disk gone") as unreadable:
+            compare(model, data.pop("loader"), example_inputs=inputs, fractions=(0.7,), **data)
+        assert "\n" not in str(unreadable.value) + str(misfit.value)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["a data set", "batches"])
+def test_without_test_data_nobody_is_judged_by_the_images_they_chose_by(monkeypatch, listed: bool) -> None:
+    from diplugin import compare as module
+    from diplugin.sources import DataSource
+
+    images = torch.arange(200.0).view(200, 1)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, images[:, 0].long()), batch_size=16)
+    seen: list[tuple[set[float], ...]] = []
+
+    def look(model: nn.Module, loader: Any, *, test_loader: Any, holdout: Any, **_: Any) -> Comparison:
+        seen.append(tuple({float(v) for x, _ in part for v in x} for part in (loader, holdout, test_loader)))
+        return Comparison(0.0, 0.0, ())
+
+    monkeypatch.setattr(module, "compare", look)
+    source = DataSource("numbers", list(loader) if listed else loader)  # pyright: ignore[reportArgumentType]
+    for seed in (0, 0, 1):
+        module.compare_source(nn.Identity(), source, example_inputs=(), seed=seed)
+    training, holdout, judged = seen[0]
+    assert not training & holdout and not training & judged and not holdout & judged
+    assert (len(training), len(holdout), len(judged)) == (180, 10, 10)
+    assert seen[1] == seen[0] != seen[2]
 
 
 def test_command(make_net, tmp_path, monkeypatch, capsys) -> None:
