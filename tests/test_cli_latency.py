@@ -6,13 +6,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from diplugin.cli import measure, profile, tables
-from diplugin.errors import DipluginError
-from diplugin.latency import local, onnx_timing, plan
+from diplugin.errors import DipluginError, PlanError
+from diplugin.latency import device, local, onnx_timing, plan
+from diplugin.latency.noted import note_measurement
 from diplugin.latency.plan import Protocol
+from diplugin.plan import PruningPlan
 
 QUICK = Protocol(rounds=2, runs=2, min_runs=1, round_ms=0.2, warmup_ms=0.0, patience=1, gap_ms=0.0, pause_s=0.0)
 NET = """
@@ -84,6 +87,12 @@ def test_estimate_prints_json_and_writes_a_table(net: tuple[str, ...], capsys: p
         cli("tables", "estimate", "--device", "abacus", "--model", *net)
 
 
+@pytest.mark.parametrize("points", ["0", "-3"])
+def test_a_table_without_points_is_never_begun(net: tuple[str, ...], points: str) -> None:
+    with pytest.raises(SystemExit):
+        cli("tables", "estimate", "--device", "jetson-nano-cpu", "--model", *net, "--points", points)
+
+
 def test_measure_times_an_onnx_file(net: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
@@ -95,6 +104,76 @@ def test_measure_times_an_onnx_file(net: tuple[str, ...], capsys: pytest.Capture
     assert " ms (here" in said and "peak memory" in said
     with pytest.raises(DipluginError, match=r"none\.onnx"):
         cli("measure", "none.onnx")
+
+
+def whole_run(folder: Path, **changes: Any) -> Path:
+    """A run planned with a table of another device, on which its latency budget is missed by prediction."""
+    budget = {"cost": "latency_ms", "asked": 12.0, "predicted": 13.5, "measured": None, "met": False}
+    table = {"name": "pi", "device": "Raspberry Pi 5", "origin": "measured", "threads": 4, "profiled_on": "a Pi"}
+    pruned = {"accuracy": 0.4, "latency_ms_predicted": 13.5}
+    metrics = {"base": {"accuracy": 0.5}, "pruned": pruned, "budgets": [budget], "latency_table": table, **changes}
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "plan.json").write_text(PruningPlan({}, {}).to_json())
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+@pytest.fixture
+def asked_threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Nothing is timed: everything takes 1.1 ms; the threads of every timing."""
+    asked = list[int]()
+
+    def timed(_: Path, *, threads: int) -> onnx_timing.OnnxTiming:
+        asked.append(threads)
+        return onnx_timing.OnnxTiming(1.1, 1.1, 1.1, 0.0, 5.0)
+
+    monkeypatch.setattr(onnx_timing, "measure_apart", timed)
+    return asked
+
+
+def test_a_time_taken_here_does_not_judge_another_devices_budget(
+    tmp_path: Path, asked_threads: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = whole_run(tmp_path / "run")
+    before = json.loads((run / "metrics.json").read_text())["budgets"]
+    assert cli("measure", run) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["budgets"] == before
+    assert metrics["pruned"]["latency_ms_measured"] == 1.1 and metrics["measured_on"] == device.device_model()
+    assert asked_threads == [4], "as the table's entries were timed"
+    assert "planned for Raspberry Pi 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("known", ["device", "profiled_on"])
+def test_a_time_taken_on_the_tables_device_judges(
+    tmp_path: Path, asked_threads: list[int], capsys: pytest.CaptureFixture[str], known: str
+) -> None:
+    run = whole_run(tmp_path / "run", latency_table={"device": "desk", known: device.device_model()})
+    assert cli("measure", run) == 0 and cli("measure", run, "--threads", "2") == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["budgets"][0]["measured"] == 1.1 and metrics["budgets"][0]["met"] is True
+    assert asked_threads == [1, 2] and metrics["measured_on"] == "here"
+    assert "planned for" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"pruned": [1]}, {"recovered": [1]}, {"pruned": None}, {"base": 3}, {"budgets": ["x"]}, {"seed": float("nan")},
+     {"budgets": [{"cost": "latency_ms"}]}],
+    ids=str,
+)  # fmt: skip
+def test_broken_metrics_are_refused_before_anything_is_timed(
+    tmp_path: Path, asked_threads: list[int], changes: dict[str, Any]
+) -> None:
+    run = whole_run(tmp_path / "run", **changes)
+    before = (run / "metrics.json").read_bytes()
+    with pytest.raises(PlanError, match="expected"):
+        cli("measure", run)
+    if "base" not in changes:  # what the library needs of a run is less than a page
+        with pytest.raises(PlanError, match="expected"):
+            note_measurement(run, onnx_timing.OnnxTiming(1.1, 1.1, 1.1, 0.0, 5.0), "here")
+    assert (run / "metrics.json").read_bytes() == before and asked_threads == []
 
 
 def test_list_names_the_shipped_tables(capsys: pytest.CaptureFixture[str]) -> None:

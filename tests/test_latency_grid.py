@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diplugin.errors import TableError
 from diplugin.latency.grid import random_widths, width_grid
 from diplugin.tables import Alignment
 
@@ -24,6 +26,12 @@ def test_grids_are_aligned_bounded_and_hold_the_unpruned_width(
     assert grid == tuple(sorted(set(grid))) and grid[-1] == channels and grid[0] >= 1
     assert all(w % step == 0 for w in grid[:-1])
     assert len(grid) <= points + 1
+
+
+@pytest.mark.parametrize("points", [0, -3])
+def test_a_grid_without_points_is_refused(points: int) -> None:
+    with pytest.raises(TableError, match="1 or more"):
+        width_grid(64, Alignment(8, 8), points)
 
 
 def test_grids_respect_the_blocks_of_grouped_convolutions() -> None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import model_of
+from .common import model_of, positive
 
 
 def add_parser(subparsers: Any) -> None:
@@ -42,7 +42,7 @@ def _add_estimate(steps: Any) -> None:
     parser.add_argument("--weights", type=Path, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--example-shape", required=True, metavar="N,C,H,W")
     parser.add_argument("--json", action="store_true", help="print {latency_ms, low, high}")
-    parser.add_argument("--points", type=int, default=8, metavar="N", help="about this many widths a group (8)")
+    parser.add_argument("--points", type=positive, default=8, metavar="N", help="about this many widths a group (8)")
     parser.add_argument("--out", type=Path, metavar="TABLE.json", help="write an estimated table for this model")
     parser.set_defaults(run=run_estimate)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..costs.latency import LayerSides
+from ..errors import TableError
 from ..network import NetworkTrace
 from ..tables import Alignment, OpKey
 
@@ -16,7 +17,12 @@ def width_grid(channels: int, alignment: Alignment, points: int = 8, blocks: int
 
     >>> width_grid(64, Alignment(4, 16)), width_grid(16, Alignment(4, 16))
     ((16, 32, 48, 64), (4, 8, 12, 16))
+
+    Raises:
+        TableError: no points at all.
     """
+    if points < 1:
+        raise TableError(f"expected 1 or more widths a channel group, got {points}; leave points out for 8")
     step = alignment.plateau
     while step > alignment.step and channels < 4 * step:
         step = max(alignment.step, step // 2)
