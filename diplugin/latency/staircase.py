@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import TableError
+from ..errors import TableError, first_line
 from ..tables import LatencyTable, OpKey
+from ..whole_files import writing_whole
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def staircases(table: LatencyTable) -> list[tuple[OpKey, list[OpKey]]]:
@@ -31,11 +34,14 @@ def choose(table: LatencyTable, words: Sequence[str] = ()) -> list[OpKey]:
 
 
 def plot_staircase(table: LatencyTable, path: str | Path, words: Sequence[str] = ()) -> Path:
-    """Draw one family of operators into a PNG or SVG file; returns its path.
+    """Draw one family of operators into a PNG, SVG or PDF file, as its name says; returns its path.
 
     Raises:
-        TableError: no operator matches, or the file cannot be written.
+        TableError: no operator matches, the name is of no such file, or it cannot be written.
     """
+    path = Path(path)
+    if path.suffix.lower() not in PICTURES or not path.parent.is_dir():
+        raise TableError(f"expected a PNG, SVG or PDF file by its name, in a folder that exists, got {str(path)!r}")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,9 +67,9 @@ def plot_staircase(table: LatencyTable, path: str | Path, words: Sequence[str] =
                    f"{table.setting.text}", fontsize=9)  # fmt: skip
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    path = Path(path)
     try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise TableError(f"expected a PNG or SVG file that can be written, got {str(path)!r}: {error}") from None
+        with writing_whole(path) as partial:
+            figure.savefig(partial, dpi=150, format=path.suffix.lower()[1:])
+    except OSError as error:
+        raise TableError(f"expected a file that can be written at {path}, got {first_line(error)}") from None
     return path
