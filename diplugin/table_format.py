@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -80,13 +81,12 @@ def shipped_tables() -> tuple[str, ...]:
 
 
 def _locate(source: str | Path) -> Any:
-    path = Path(source)
-    if path.is_file():
-        return path
-    shipped = shipped_folder() / f"{source}.json"
-    if re.fullmatch(r"[\w.-]+", str(source)) and shipped.is_file():
-        return shipped
-    names = ", ".join(shipped_tables()) or "none"
+    if os.path.isfile(source):  # no name is too long for it, as for a path's own
+        return Path(source)
+    shipped = shipped_tables()
+    if str(source) in shipped:
+        return shipped_folder() / f"{source}.json"
+    names = ", ".join(shipped) or "none"
     raise TableError(f"expected a latency table's file or the name of a shipped one ({names}), got {str(source)!r}")
 
 

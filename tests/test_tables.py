@@ -231,6 +231,9 @@ BAD = {
     "a negative time": {"rows": row(latency_ms=-1.0)},
     "a zero time": {"rows": row(latency_ms=0)},
     "a huge time": {"rows": row(latency_ms=1e300)},
+    "a time that no float holds": {"rows": row(latency_ms=10**400)},
+    "an overhead that no float holds": {"overhead_ms": 10**400},
+    "a band that no float holds": {"origin": "estimated", "error_band": [10**400, 1]},
     "a time that is a word": {"rows": row(latency_ms="1.0")},
     "a time that is true": {"rows": row(latency_ms=True)},
     "a fractional width": {"rows": row(cin=8.5)},
@@ -314,7 +317,7 @@ def test_what_is_no_table_at_all_is_one_line(text: bytes, tmp_path: Path) -> Non
 
 
 def test_a_name_that_is_nowhere(tmp_path: Path) -> None:
-    for source in ("no-such-table", tmp_path, "../no/such.json", ""):
+    for source in ("no-such-table", tmp_path, "../no/such.json", "", "x" * 300, "a\0b"):
         with pytest.raises(TableError, match="shipped"):
             LatencyTable.load(source)
 
