@@ -12,6 +12,7 @@ import gzip
 import importlib
 import os
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ def _source(spec: str, example_shape: Sequence[int] | None, batch_size: int) -> 
         if not place:
             raise DataError(f"expected a folder after {kind}:, got {spec!r}")
         folder = Path(place)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # no name is too long for it, as for a path's own
             raise DataError(f"expected a folder at {folder}, there is none")
         if kind == "cifar10":
             return _cifar10(folder, batch_size)
@@ -202,11 +203,11 @@ def _call(spec: str, kind: type[DataError] | type[ModelError]) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         target: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            target = getattr(target, part, None)
     except (Exception, SystemExit) as error:
         raise kind(f"expected a module {module_name!r} that imports, got {type(error).__name__}: {first_line(error)}"
                    ) from error  # fmt: skip
-    for part in name.split("."):
-        target = getattr(target, part, None)
     if not callable(target):
         raise kind(f"expected a callable {name!r} in {module_name}, found {type(target).__name__}")
     try:
@@ -280,7 +281,7 @@ def _idx(path: Path) -> np.ndarray:
         if raw[:3] != b"\0\0\x08":
             raise ValueError("not an idx file of bytes")
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, IndexError, MemoryError) as error:
         raise DataError(f"expected a gzipped idx file at {path}, got {first_line(error)}") from error
 
 

@@ -48,6 +48,9 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"own_code_{abs(hash(tmp_path))}"
     (tmp_path / f"{name}.py").write_text(MODULE)
     (tmp_path / f"{name}_broken.py").write_text("import torch\nraise SyntaxError('oh')")
+    (tmp_path / f"{name}_lazy.py").write_text(
+        "def __getattr__(name):\n    raise ImportError(f'{name} needs something else')"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return name
@@ -91,6 +94,7 @@ def test_models_with_weights(own_code: str, tmp_path: Path) -> None:
         ("{}:Net.nope.deeper", "found NoneType"),
         ("no_such_module_at_all:Net", "ModuleNotFoundError"),
         ("{}_broken:Net", "SyntaxError"),
+        ("{}_lazy:Net", "ImportError: Net needs something else"),
         (":Net", "expected"),
         ("..:Net", "expected"),
     ],
@@ -191,6 +195,7 @@ def test_fashion_mnist(tmp_path: Path) -> None:
         lambda f: idx(f, np.zeros((5, 28), np.uint8)),
         lambda f: idx(f, np.zeros((4, 28, 28), np.uint8)),
         lambda f: f.write_bytes(gzip.compress(bytes([0, 0, 8, 3]) + b"\xff" * 12)),
+        lambda f: f.write_bytes(f.read_bytes()[:10] + b"\xff" * 8 + f.read_bytes()[18:]),
     ],
 )
 def test_fashion_mnist_files_that_are_broken(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
@@ -248,7 +253,8 @@ def test_data_by_callable(own_code: str) -> None:
 @pytest.mark.parametrize(
     "spec",
     ["", "mnist", "digits:5", "cifar10", "cifar10:", "cifar10:/no/such/folder", "imagefolder:/no/such", "{}:wrong",
-     "{}:raises", "{}:Nope", "fashion-mnist:/no/such", "no_such_module:loader", ":loader"],
+     "{}:raises", "{}:Nope", "fashion-mnist:/no/such", "no_such_module:loader", ":loader", "cifar10:" + "x" * 300,
+     "imagefolder:a\0b"],
 )  # fmt: skip
 def test_data_that_cannot_be_had(own_code: str, spec: str) -> None:
     with pytest.raises(DataError) as caught:
