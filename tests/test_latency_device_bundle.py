@@ -46,6 +46,21 @@ def test_a_damaged_graph_is_refused(tmp_path: Path) -> None:
         device.Bundle(plan.save(tmp_path / "b.pyz")).blob(name)
 
 
+def test_an_encrypted_bundle_is_one_line(tmp_path: Path) -> None:
+    bundle = small_plan().save(tmp_path / "b.pyz")
+    plain, data = device.Bundle(bundle), bytearray(bundle.read_bytes())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = data.find(mark)
+        while place >= 0:
+            data[place + flags] |= 1  # the bit that says so
+            place = data.find(mark, place + 4)
+    bundle.write_bytes(data)
+    with pytest.raises(device.ProfileError, match="encrypted"):
+        device.Bundle(bundle)
+    with pytest.raises(device.ProfileError, match="encrypted"):
+        plain.blob(plain.plan["jobs"][0]["blob"])
+
+
 def rewritten(bundle: Path, change: Callable[[Any], None]) -> Path:
     """A bundle whose plan was changed by somebody who also mended its hash."""
     with zipfile.ZipFile(bundle) as archive:
@@ -63,6 +78,7 @@ def rewritten(bundle: Path, change: Callable[[Any], None]) -> Path:
 HOSTILE: dict[str, Callable[[Any], Any]] = {
     "no setting": lambda p: p.pop("setting"),
     "threads as text": lambda p: p["setting"].update(threads="2"),
+    "a setting with something besides": lambda p: p["setting"].update(more=1),
     "no threads": lambda p: p["setting"].update(threads=0),
     "a runtime that is a list": lambda p: p["setting"].update(runtime=[]),
     "an unknown optimisation": lambda p: p["setting"].update(graph_optimization="utmost"),

@@ -15,6 +15,7 @@ from .errors import ProfileError, first_line
 
 PLAN_FORMAT = "diplugin-profile-plan"
 KINDS = ("sentinel", "call", "edge", "probe", "entry", "net")
+SETTING_WORDS = ("runtime", "version", "provider", "graph_optimization")
 COUNTS = ("rounds", "runs", "min_runs", "chunk", "patience", "pauses")
 DURATIONS = ("round_ms", "warmup_ms", "gap_ms", "pause_s")
 #: Graph optimisations that a plan may ask for, and ONNX Runtime's names of them.
@@ -35,7 +36,7 @@ class Bundle:
             with zipfile.ZipFile(self.path) as archive:
                 text = archive.read("plan.json").decode()
             self.plan = checked_plan(parse(text))
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
             raise ProfileError(
                 f"expected a profile bundle in {self.path!r}, but {first_line(error)}: make it again "
                 "with 'diplugin profile plan'"
@@ -45,7 +46,7 @@ class Bundle:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 data = archive.read("blobs/" + name)
-        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
             raise ProfileError(f"graph {name} of the bundle cannot be read: {first_line(error)}") from None
         if hashlib.sha256(data).hexdigest() != name.split(".")[0]:
             raise ProfileError(f"graph {name} of the bundle is damaged: copy the bundle again")
@@ -69,7 +70,9 @@ def checked_plan(plan):
 def check_plan_fields(plan):
     """Types and ranges of all that is used here: a hash says that a plan is whole, not that it makes sense."""
     setting, protocol, jobs = plan["setting"], plan["protocol"], plan["jobs"]
-    words = [plan["name"], *(setting[name] for name in ("runtime", "version", "provider", "graph_optimization"))]
+    if set(setting) != {*SETTING_WORDS, "threads"}:
+        raise ValueError(f"its setting does not hold exactly {', '.join(SETTING_WORDS)} and threads")
+    words = [plan["name"], *(setting[name] for name in SETTING_WORDS)]
     if not all(type(word) is str and len(word) <= 200 and word.isprintable() for word in words):
         raise ValueError("its name or setting is no short text")
     if setting["graph_optimization"] not in LEVELS:
