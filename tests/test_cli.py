@@ -293,6 +293,22 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "--resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [["score", "CODE:Net", "CODE:data", "--example-shape=1,3,8,8", "--json=taken"],
+     ["tables", "estimate", "--device=raspberry-pi-4", "--model=CODE:Net", "--example-shape=1,3,8,8", "--points=1",
+      "--out=taken"]],
+    ids=["score", "estimate"],
+)  # fmt: skip
+def test_a_file_that_cannot_be_written_is_one_line(
+    argv: list[str], code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").mkdir()
+    assert main([word.replace("CODE", code) for word in argv]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "note:" not in line]
+    assert len(said) == 1 and said[0].startswith("diplugin: expected") and "taken" in said[0]
+
+
 def test_as_a_module(tmp_path: Path) -> None:
     """`python -m diplugin` ends with the exit code, and shows no traceback."""
     root = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from ..errors import DipluginError
+from ..errors import DipluginError, first_line
 
 # One module a family of commands, each with `add_parser(subparsers)`.
 COMMANDS = (
@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        print(f"diplugin: expected files that can be read and written, got {first_line(error)}", file=sys.stderr)
+        return 2
 
 
 def build_parser() -> argparse.ArgumentParser:
