@@ -156,7 +156,8 @@ def test_models(refused: Callable[..., str], model: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", ["", "3", "1,3,x,8", "1,3,0,8", "1,-3,8,8", "1,4,8,8", "1,3,999999999,999999999", "8,8"]
+    "shape",
+    ["", "3", "1,3,x,8", "1,3,0,8", "1,-3,8,8", "1,4,8,8", "1,3,999999999,999999999", "1,3,8," + "9" * 30, "8,8"],
 )
 def test_example_shapes(refused: Callable[..., str], shape: str) -> None:
     assert "expected" in refused(example_shape=shape)
@@ -164,7 +165,7 @@ def test_example_shapes(refused: Callable[..., str], shape: str) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [{"epochs": "-1"}, {"epochs": "2", "lr": "0"}, {"epochs": "2", "lr": "nan"}, {"rho": "0"}, {"rho": "nan"},
+    [{"epochs": "-1"}, *({"epochs": "2", "lr": lr} for lr in ("0", "nan", "inf")), {"rho": "0"}, {"rho": "nan"},
      {"floor": "1.5"}, {"floor": "nan"}, {"images": "1"}, {"bits": "size_mb=0"}, {"bits": "speed=1"},
      {"weights": "none.safetensors"}, {"table": "none.json"}, {"steps": "2"}, {"rounds": "2"},
      {"strategy": "measured-cuts", "steps": "2"}, {"strategy": "structure-distillation", "rounds": "2"},
@@ -264,11 +265,17 @@ def test_help_everywhere(argv: list[str], capsys: pytest.CaptureFixture[str]) ->
     assert "usage: diplugin" in capsys.readouterr().out
 
 
+SEEDED = [["compress", "a:b", "digits", "--example-shape=1,1", "--budget=macs=.5", "--out=x"],
+          ["compare", "a:b", "digits", "--example-shape=1,1"], ["validate", "a:b", "digits", "--example-shape=1,1"],
+          ["quantize", "run", "digits", "--budget=size_mb=.5"]]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "argv",
     [[], ["nope"], ["compress"], ["compress", "a:b", "digits"],
      ["score", "a:b", "digits", "--example-shape=1,1", "--images=0"],
-     ["compress", "a:b", "digits", "--example-shape=1,1", "--budget=macs=.5", "--out=x", "--seed=one"]],
+     ["compress", "a:b", "digits", "--example-shape=1,1", "--budget=macs=.5", "--out=x", "--seed=one"],
+     *([*command, f"--seed={seed}"] for seed in (-1, 2**32, "9" * 30) for command in SEEDED)],
     ids=" ".join,
 )  # fmt: skip
 def test_arguments_that_do_not_parse(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:

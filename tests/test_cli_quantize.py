@@ -69,6 +69,46 @@ def test_a_run_gets_its_quantized_file_and_figures(run, capsys):
     assert read_bits(run)[0] == allocation
 
 
+DAMAGE = {
+    "metrics.json": [lambda m: m.clear(), lambda m: m.update(recovered=[1]), lambda m: m.pop("pruned"),
+                     lambda m: m.update(seed=float("nan")), lambda m: m.update(budgets=["x"])],
+    "config.json": [lambda c: c.update(holdout="x"), lambda c: c.update(holdout=2.0), lambda c: c.update(seed="x"),
+                    lambda c: c.update(seed=10**30)],
+    "plan.json": [lambda p: p.clear()],
+}  # fmt: skip
+
+
+def test_a_run_that_cannot_take_the_figures_is_left_as_it_was(run, capsys, monkeypatch):
+    def never(*_, **__):
+        pytest.fail("the run was not checked first")
+
+    monkeypatch.setattr("diplugin.quantize.quantize_run", never)
+    command = ["quantize", str(run), "tiny_for_bits:data", "--model", "tiny_for_bits:net", "--budget", "size_mb=0.95"]
+    for name, changes in DAMAGE.items():
+        whole = (run / name).read_text()
+        for change in changes:
+            data = json.loads(whole)
+            change(data)
+            (run / name).write_text(json.dumps(data))
+            before = {path: path.read_bytes() for path in run.iterdir()}
+            assert main(command) == 2, data
+            said = capsys.readouterr().err.splitlines()
+            assert len(said) == 1 and said[0].startswith("diplugin: expected"), said
+            assert {path: path.read_bytes() for path in run.iterdir()} == before
+        (run / name).write_text(whole)
+
+
+def test_figures_go_beside_those_of_the_network_that_was_quantized(run, monkeypatch):
+    figures = {"size_mb": 0.1, "mean_bits": 8.0, "size_mb_uniform8": 0.1, "accuracy": 0.5, "kept_float": {}}
+    monkeypatch.setattr("diplugin.quantize.quantize_run", lambda *_, **__: (None, figures))
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | {"recovered": None}))
+    command = ["quantize", str(run), "tiny_for_bits:data", "--model", "tiny_for_bits:net", "--budget", "size_mb=0.95"]
+    assert main(command) == 0
+    quantized = json.loads((run / "metrics.json").read_text())["quantized"]
+    assert quantized["macs"] == metrics["pruned"]["macs"] and quantized["size_mb"] == 0.1
+
+
 def test_a_folder_that_holds_no_run(tmp_path, capsys):
     command = ["quantize", str(tmp_path), "digits", "--model", "nowhere:net", "--budget", "size_mb=0.5"]
     assert main(command) == 2

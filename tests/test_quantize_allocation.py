@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diplugin.errors import InfeasibleBudget, PlanError
+from diplugin.quantize import read_bits
 from diplugin.quantize.allocation import BitAllocation, Choice, Limit, least_damage
 from diplugin.quantize.costs import BitOperations, FileSize, LayerShape
 
@@ -106,11 +107,20 @@ def test_json_round_trip(tmp_path):
 
 @pytest.mark.parametrize(
     "data", [None, [], {}, {"version": 2, "bits": {}}, {"version": 1, "bits": {"a": [3]}},
-             {"version": 1, "bits": {"a": []}}, {"version": 1, "bits": {"a": ["x"]}}, {"version": 1, "bits": [1]}]
+             {"version": 1, "bits": {"a": []}}, {"version": 1, "bits": {"a": ["x"]}}, {"version": 1, "bits": [1]},
+             {"version": 1, "bits": {}}, {"version": 1, "bits": {"a": [float("inf")]}}]
 )  # fmt: skip
 def test_damaged_json_is_refused(data):
     with pytest.raises(PlanError):
         BitAllocation.from_json(data)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, '{"version": 1, "bits": {"a": [1e999]}}'])
+def test_a_damaged_file_is_refused(tmp_path, text):
+    (tmp_path / "bits.json").write_text(text)
+    for read in (lambda: BitAllocation.load(tmp_path / "bits.json"), lambda: read_bits(tmp_path)):
+        with pytest.raises(PlanError, match="expected"):
+            read()
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -28,6 +28,7 @@ from diplugin.quantize import (
     export_model,
     export_quantized,
     quantize,
+    quantize_run,
 )
 from diplugin.quantize.fake import layers_on_grid
 from diplugin.quantize.folding import fold_batchnorm, foldable_pairs
@@ -333,3 +334,15 @@ def test_the_file_is_replaced_whole_or_not_at_all(make_net, make_images, tmp_pat
         export_quantized(result, tmp_path / "q.onnx", (loader[0][0],))
     assert not (tmp_path / "q.onnx").exists()
     assert isinstance(result.allocation, BitAllocation)
+
+
+def test_images_that_do_not_fit_leave_the_older_files(make_net, make_images, tmp_path):
+    model, loader, example, bits = prepared(make_net, make_images, "plain")
+    older = {"quantized.onnx": b"older", "bits.json": b"older"}
+    for name, content in older.items():
+        (tmp_path / name).write_bytes(content)
+    images, labels = loader[0]
+    bits = replace(bits, budgets=(Budget("bops", fraction=0.9),))
+    with pytest.raises(UserError, match="inputs that fit the ONNX model"):
+        quantize_run(model, loader, example, bits, folder=tmp_path, judge=[(images[:, :1], labels)])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == older

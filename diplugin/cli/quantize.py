@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .common import positive
+from .common import positive, seed
 
 
 def add_parser(subparsers: Any) -> None:
@@ -27,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--lr", type=float, default=0.002, help="its peak learning rate (default 0.002)")
     parser.add_argument("--images", type=positive, default=500, help="training images that calibrate (default 500)")
     parser.add_argument("--batch-size", type=positive, default=128, metavar="N")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.set_defaults(run=run)
 
 
@@ -35,23 +36,23 @@ def run(args: argparse.Namespace) -> int:
     from ..costs import Budget
     from ..holdout import split_holdout
     from ..onnx_inference import NO_INT8_KERNELS, int8_saturates
-    from ..plan import PruningPlan
     from ..quantize import Bits, quantize_run
     from ..recovery import Distillation
-    from ..report import write_report
-    from ..run_folder import CONFIG, read_json
+    from ..report import read_run, write_report
+    from ..run_folder import METRICS, cut_figures, read_json
     from ..sources import load_data, load_model
-    from ..surgery import PLAN_FILE, load_pruned
+    from ..surgery import load_pruned
     from .export import _recorded_model
 
     finetune = Distillation(epochs=args.epochs, lr=args.lr) if args.epochs else None
     budgets = tuple(Budget.parse(text) for text in args.budget)
     bits = Bits(budgets, finetune=finetune, images=args.images, seed=args.seed)
-    plan = PruningPlan.load(args.folder / PLAN_FILE)
+    whole = read_run(args.folder)  # nothing is written into a folder that could not take the figures
+    cut_figures(read_json(args.folder / METRICS), args.folder)
+    plan, (holdout, seed) = whole.plan, _recorded_split(whole.config)
     model = load_pruned(load_model(args.model or _recorded_model(args.folder)), args.folder).eval()
     data = load_data(args.data, example_shape=plan.inputs[0].shape, batch_size=args.batch_size)
-    config = read_json(args.folder / CONFIG)
-    split = split_holdout(data.train, config.get("holdout", 0.1), config.get("seed", 0))
+    split = split_holdout(data.train, holdout, seed)
     _, figures = quantize_run(
         model, split.scoring, tuple(spec.example() for spec in plan.inputs), bits, folder=args.folder,
         judge=data.test if data.test is not None else split.holdout, training_loader=split.training,
@@ -67,12 +68,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _recorded_split(config: Mapping[str, Any]) -> tuple[float, int]:
+    """The fraction that a run has set aside, and its seed."""
+    from ..configuration import LARGEST_SEED
+    from ..errors import PlanError
+
+    holdout, seed = config.get("holdout", 0.1), config.get("seed", 0)
+    if not isinstance(holdout, float) or not 0 < holdout < 1:
+        raise PlanError(f"expected a fraction as the run's 'holdout' in its config.json, got {holdout!r:.80}")
+    if not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+        raise PlanError(f"expected 0 to {LARGEST_SEED} as the run's 'seed' in its config.json, got {seed!r:.80}")
+    return holdout, seed
+
+
 def _add_figures(folder: Path, figures: dict[str, Any]) -> None:
-    from ..run_folder import METRICS, read_json
+    from ..run_folder import METRICS, cut_figures, read_json
     from ..whole_files import write_json
 
     metrics = read_json(folder / METRICS)
-    last = metrics.get("recovered", metrics["pruned"])
+    last = cut_figures(metrics, folder)
     same = {name: last.get(name) for name in ("macs", "params", "memory_mb")}
     metrics["quantized"] = {**dict.fromkeys(last), **same, **figures}
     write_json(folder / METRICS, metrics)

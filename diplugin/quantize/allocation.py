@@ -35,6 +35,8 @@ class BitAllocation:
     bits: Mapping[str, tuple[int, ...]]
 
     def __post_init__(self) -> None:
+        if not self.bits:
+            raise PlanError("expected bits of a layer at least, got none")
         for layer, widths in self.bits.items():
             if not widths or set(widths) - set(BIT_WIDTHS):
                 raise PlanError(f"expected bits out of {BIT_WIDTHS} for every channel of {layer!r}, got {widths!r:.60}")
@@ -59,7 +61,7 @@ class BitAllocation:
             if data["version"] != 1:
                 raise PlanError(f"expected version 1 of a bit allocation, got {data['version']!r}")
             return cls({str(k): tuple(int(b) for b in v) for k, v in data["bits"].items()})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlanError(f"expected a bit allocation with 'version' and 'bits', got {data!r:.80}") from error
 
     def save(self, path: str | Path) -> None:
@@ -67,9 +69,10 @@ class BitAllocation:
 
     @classmethod
     def load(cls, path: str | Path) -> BitAllocation:
+        """Raises PlanError where there is no whole allocation at `path`."""
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"expected a bit allocation at {path}, got {error}") from error
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import PlanError
 from ..features import Forward, GetLabels, forward_inputs, labels_of
 from ..onnx_inference import onnx_accuracy
-from ..whole_files import write_text
+from ..whole_files import write_json, writing_whole
 from .allocation import BitAllocation
 from .run import QuantizedResult, export_quantized, quantize
 from .settings import Bits
@@ -37,7 +37,7 @@ def quantize_run(
     get_labels: GetLabels = labels_of,
     forward: Forward = forward_inputs,
 ) -> tuple[QuantizedResult, dict[str, Any]]:
-    """Quantize a model, write its file and its bits into `folder`, and judge the file.
+    """Quantize a model, judge its file, and write the file and its bits into `folder`; on any error, neither.
 
     Args:
         loader: calibration data, training images only.
@@ -53,18 +53,20 @@ def quantize_run(
     folder = Path(folder)
     result = quantize(model, loader, example_inputs, bits, training_loader=training_loader, teacher=teacher,
                       get_labels=get_labels, forward=forward)  # fmt: skip
-    written = export_quantized(result, folder / QUANTIZED_ONNX, checking_inputs(loader, example_inputs))
-    figures = {
-        "accuracy": onnx_accuracy(written.path, judge, get_labels=get_labels, forward=forward),
-        "size_mb": written.size_mb,
-        "size_mb_predicted": result.size_mb,
-        "size_mb_uniform8": result.uniform8_size_mb,
-        "bops": result.bops,
-        "mean_bits": result.allocation.mean_bits(result.weights),
-        "relative_difference": written.relative_difference,
-        "kept_float": dict(result.kept_float),
-    }
-    _write_bits(folder / BITS_FILE, result, figures)
+    with writing_whole(folder / QUANTIZED_ONNX) as path:
+        written = export_quantized(result, path, checking_inputs(loader, example_inputs))
+        figures = {
+            "accuracy": onnx_accuracy(path, judge, get_labels=get_labels, forward=forward),
+            "size_mb": written.size_mb,
+            "size_mb_predicted": result.size_mb,
+            "size_mb_uniform8": result.uniform8_size_mb,
+            "bops": result.bops,
+            "mean_bits": result.allocation.mean_bits(result.weights),
+            "relative_difference": written.relative_difference,
+            "kept_float": dict(result.kept_float),
+        }
+        bits_file = {**result.allocation.to_json(), "weights": dict(result.weights), **figures}
+        write_json(folder / BITS_FILE, bits_file)
     return result, figures
 
 
@@ -77,7 +79,7 @@ def read_bits(folder: str | Path) -> tuple[BitAllocation, dict[str, Any]]:
     path = Path(folder) / BITS_FILE
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"expected {BITS_FILE} of a quantized run at {path}, got {error}") from error
     allocation = BitAllocation.from_json(data)
     return allocation, {key: value for key, value in data.items() if key not in ("version", "bits")}
@@ -94,8 +96,3 @@ def checking_inputs(loader: Iterable[Any], example_inputs: tuple[Any, ...]) -> t
     ):
         return tuple(x[:8] for x in images)  # pyright: ignore[reportOptionalSubscript]
     return example_inputs
-
-
-def _write_bits(path: Path, result: QuantizedResult, figures: dict[str, Any]) -> None:
-    data = {**result.allocation.to_json(), "weights": dict(result.weights), **figures}
-    write_text(path, json.dumps(data, indent=1))
