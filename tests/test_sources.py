@@ -244,6 +244,14 @@ def test_imagefolders_that_are_broken(tmp_path: Path) -> None:
     assert next(iter(test))[1].tolist() == [1, 1], "test data may lack a class, ids are those of training"
 
 
+def test_an_image_whose_header_is_damaged_is_named(tmp_path: Path) -> None:
+    image_folder(tmp_path)
+    (tmp_path / "cat" / "0.ppm").write_bytes(b"P6\n\xd200 8\n255\n" + bytes(192))
+    dataset: Any = load_data(f"imagefolder:{tmp_path}").train.dataset
+    with pytest.raises(DataError, match=r"0\.ppm"):
+        list(dataset)
+
+
 def test_data_by_callable(own_code: str) -> None:
     source = load_data(f"{own_code}:loader")
     assert isinstance(source.train, DataLoader)
