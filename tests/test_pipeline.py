@@ -19,14 +19,18 @@ import diplugin
 from diplugin.accuracy import accuracy
 from diplugin.configuration import Configuration
 from diplugin.costs import macs
+from diplugin.costs.latency import timed_layers
 from diplugin.errors import BudgetError, DataError, InfeasibleBudget, ModelError, PlanError, UserError
+from diplugin.latency.device import device_model
+from diplugin.latency.grid import group_grids, layer_keys
+from diplugin.latency.noted import planned_elsewhere, planned_threads
 from diplugin.measurements import Measure
 from diplugin.network import trace_network
 from diplugin.onnx_inference import run_onnx
 from diplugin.recovery import FineTuning, Recalibrate, train
 from diplugin.search import ExactSearch
 from diplugin.strategies import OneShot
-from diplugin.tables import LatencyTable, Setting
+from diplugin.tables import Alignment, Entry, LatencyTable, Setting
 
 pytestmark = pytest.mark.usefixtures("brief_timing")
 
@@ -253,6 +257,19 @@ def test_an_infeasible_budget_names_what_is_in_reach_and_leaves_nothing(
 def test_budgets_on_latency_need_a_table(trained: nn.Module, loader: Any) -> None:
     with pytest.raises(BudgetError, match="latency table"):
         compress(trained, loader, budgets=[diplugin.Budget("latency_ms", limit=1.0)])
+
+
+def test_a_run_tells_what_its_table_was_timed_on(trained: nn.Module, loader: Any, not_exported: None) -> None:
+    """A later measurement needs to know whether it runs on the same device, with as many threads."""
+    trace, alignment = trace_network(trained, INPUTS), Alignment(2, 2)
+    widths = group_grids(trace, alignment)
+    keys = {key for layer in timed_layers(trace) for key in layer_keys(layer, widths, trace.base_widths)}
+    table = LatencyTable("made-up", "a Pi", Setting("onnxruntime", "1", "CPUExecutionProvider", "all", 4),
+                         tuple(Entry(key, 0.1, 0.1, 0.1, 0.0) for key in keys), alignment=alignment)  # fmt: skip
+    metrics = compress(trained, loader, latency_table=table, repairs=(Recalibrate(),)).metrics
+    assert planned_threads(metrics) == 4 and planned_elsewhere(metrics) == "a Pi"
+    here = replace(table, provenance={"device": device_model()})
+    assert planned_elsewhere(compress(trained, loader, latency_table=here, repairs=(Recalibrate(),)).metrics) is None
 
 
 def test_no_budget(trained: nn.Module, loader: Any) -> None:
