@@ -30,7 +30,7 @@ from diplugin.onnx_inference import run_onnx
 from diplugin.recovery import FineTuning, Recalibrate, train
 from diplugin.search import ExactSearch
 from diplugin.strategies import OneShot
-from diplugin.tables import Alignment, Entry, LatencyTable, Setting
+from diplugin.tables import Alignment, Calibration, Entry, LatencyTable, Setting
 
 pytestmark = pytest.mark.usefixtures("brief_timing")
 
@@ -264,8 +264,9 @@ def test_a_run_tells_what_its_table_was_timed_on(trained: nn.Module, loader: Any
     trace, alignment = trace_network(trained, INPUTS), Alignment(2, 2)
     widths = group_grids(trace, alignment)
     keys = {key for layer in timed_layers(trace) for key in layer_keys(layer, widths, trace.base_widths)}
-    table = LatencyTable("made-up", "a Pi", Setting("onnxruntime", "1", "CPUExecutionProvider", "all", 4),
-                         tuple(Entry(key, 0.1, 0.1, 0.1, 0.0) for key in keys), alignment=alignment)  # fmt: skip
+    setting = Setting("onnxruntime", "1", "CPUExecutionProvider", "all", 4)
+    table = LatencyTable("made-up", "a Pi", setting, tuple(Entry(key, key.macs * 1e-5, 1.0, 1.0, 0.0) for key in keys),
+                         alignment=alignment, calibration=Calibration(1, 0, 12, 0.01, 0.03, 1))  # fmt: skip
     metrics = compress(trained, loader, latency_table=table, repairs=(Recalibrate(),)).metrics
     assert planned_threads(metrics) == 4 and planned_elsewhere(metrics) == "a Pi"
     here = replace(table, provenance={"device": device_model()})
