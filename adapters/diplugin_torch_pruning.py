@@ -228,8 +228,8 @@ class DIImportance(tp.importance.Importance):
         energies = self._energies(converted)
         units = self._units.setdefault(key_of(graph, full), converted.channels // converted.blocks)
         scores = self._scores(converted, losses, energies, norms, ceil(self.floor * units))
-        heard = (None if values is None else values[chosen] for values in (energies, norms))
-        return Explanation(name, "", scores[chosen], losses[chosen], *heard, tuple(rows))
+        energies, norms = (None if values is None else values[chosen] for values in (energies, norms))
+        return Explanation(name, "", scores[chosen], losses[chosen], energies, norms, tuple(rows))
 
     def _energies(self, group: ChannelGroup) -> Tensor | None:
         """How much of its readers' outputs every root channel makes, summed over readers."""

@@ -9,7 +9,7 @@ the last one; and *its structure at once*, what structure distillation ended wit
 one go, repaired, and fine-tuned for E epochs on the labels alone or with the teacher. `--variants` adds other settings
 of structure distillation (new scores at every step, other lessons, another schedule) and other recoveries of one shot.
 
-Every row goes through `diplugin.compress`. Judged on training images that nobody trains on; `--judge test` reads the
+Every row goes through `diplugin.compress`, channels ranked by loss and energy as where STUDY.md sets out. Judged on training images that nobody trains on; `--judge test` reads the
 test images instead, for the last word. Rows found in OUT are kept.
 """
 
@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader
 
 import diplugin
 from diplugin.plan import PruningPlan
+from diplugin.ranking import ByBoth
 from diplugin.recovery import Distillation, FeatureDistillation, FineTuning
 from diplugin.scoring import GroupScores
 from diplugin.sources import Images, flip_and_shift
@@ -135,6 +136,7 @@ def run(setting: Setting, ways: Sequence[Way], data: Data, model: nn.Module, boo
                 ) -> diplugin.CompressionResult:
                     return diplugin.compress(
                         model, loader, example_inputs=(judged[0][0][:1],), recovery=recovery, strategy=strategy,
+                        ranking=ByBoth(),
                         budgets=[diplugin.Budget("macs", fraction=fraction)], augment=flip_and_shift, seed=seed,
                         test_loader=judged, tell=lambda line: print("   ", line, flush=True),
                     )  # fmt: skip

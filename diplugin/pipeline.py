@@ -29,6 +29,7 @@ from .holdout import Split, split_holdout
 from .measurements import Measure, finite, verdict, versions
 from .network import NetworkTrace, trace_network
 from .plan import PruningPlan
+from .ranking import ByAll, Ranking
 from .recovery import REPAIRS, EpochReport, FineTuning, Repair
 from .report import table_info, write_report
 from .run_folder import METRICS, ONNX, REPORT, SCORES, RunFolder
@@ -81,6 +82,7 @@ def compress(
     augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
     rho: float = 10.0,
     tap: Tap | None = None,
+    ranking: Ranking | None = None,
     limits: SearchLimits | None = None,
     search: Search | None = None,
     repairs: Sequence[Repair] = REPAIRS,
@@ -109,10 +111,11 @@ def compress(
         test_loader: data that is read once, at the end, to judge by; None judges on the holdout.
         augment: varies a batch of training images [N, ...] while fine-tuning.
         rho, tap: of DI.
+        ranking: which channels of a group leave first, while DI says how many; None for `ranking.ByAll()`.
         limits: floor and alignment of the widths.
         search: `ExactSearch()` solves for the best widths; None, `GreedySearch()`, comes close in less time.
         repairs: what is tried on the cut network, without a gradient step; the holdout chooses.
-        images: training images used for scores and repairs.
+        images: training images used for scores and repairs; the refit has a number of its own.
         holdout: fraction of the training data set aside.
         seed: of every random choice.
         resume: go on with a run that was killed.
@@ -128,8 +131,9 @@ def compress(
     """
     get_labels, forward = guarded_labels(get_labels), guarded_forward(forward)
     once = OneShot(
-        rho=rho, tap=tap or AfterActivation(), limits=limits or SearchLimits(), searcher=search or GreedySearch(),
-        repairs=tuple(repairs), images=images, get_labels=get_labels, forward=forward,
+        rho=rho, tap=tap or AfterActivation(), ranking=ranking or ByAll(), limits=limits or SearchLimits(),
+        searcher=search or GreedySearch(), repairs=tuple(repairs), images=images, get_labels=get_labels,
+        forward=forward,
     )  # fmt: skip
     asked = Configuration(tuple(budgets), once, latency_table, recovery, strategy, bits, augment, holdout, seed)
     config = {**asked.record(model), "test_data": test_loader is not None, **(source or {})}

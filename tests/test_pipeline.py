@@ -66,6 +66,15 @@ def compress(model: nn.Module, loader: Any, **settings: Any) -> diplugin.Compres
     return diplugin.compress(model, loader, **{"example_inputs": INPUTS, "budgets": [HALF], **settings})
 
 
+def test_a_ranking_of_ones_own_says_which_channels_stay(trained: nn.Module, loader: Any) -> None:
+    result = compress(trained, loader, recovery=None, repairs=[Recalibrate()], ranking=lambda loss, energy, norm: norm)
+    narrower = {name: kept for name, kept in result.plan.kept.items() if len(kept) < result.plan.channels[name]}
+    assert narrower
+    for name, kept in narrower.items():
+        norms = trained.get_submodule(name).weight.detach().flatten(1).square().sum(1)  # type: ignore[union-attr]
+        assert set(kept) == set(norms.topk(len(kept)).indices.tolist())
+
+
 def test_a_run_delivers_what_it_says(trained: nn.Module, loader: Any, test_loader: Any, tmp_path: Path) -> None:
     before = {k: v.clone() for k, v in trained.state_dict().items()}
     out = tmp_path / "run"

@@ -13,7 +13,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "compare", help="pruning criteria side by side on a model and its data",
         description="Prunes the model by every criterion of torch-pruning, by DI in the same pruner and by compress, "
-        "to the same fractions of its MACs, recalibrates BatchNorm, and judges on the test data. No training.",
+        "to the same fractions of its MACs, repairs it without training, and judges on the test data. No training.",
     )  # fmt: skip
     add_model(parser)
     add_data(parser)
