@@ -9,8 +9,9 @@ the last one; and *its structure at once*, what structure distillation ended wit
 one go, repaired, and fine-tuned for E epochs on the labels alone or with the teacher. `--variants` adds other settings
 of structure distillation (new scores at every step, other lessons, another schedule) and other recoveries of one shot.
 
-Every row goes through `diplugin.compress`, channels ranked by loss and energy as where STUDY.md sets out. Judged on training images that nobody trains on; `--judge test` reads the
-test images instead, for the last word. Rows found in OUT are kept.
+Every row goes through `diplugin.compress`, channels ranked by loss and energy as where STUDY.md sets out. Judged on
+training images that nobody trains on; `--judge test` reads the test images instead, for the last word. Rows found in
+OUT are kept.
 """
 
 from __future__ import annotations
