@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -373,6 +374,27 @@ def test_data_that_fails_on_the_way_loses_nothing(whole: Any, trained: nn.Module
     result = compress(trained, DataLoader(data, 50), **settings, resume=True, tell=lines.append)
     assert not any(line.startswith("step 1") for line in lines)
     assert result.plan == whole[0].plan and same(weights(tmp_path / "run"), weights(whole[1]))
+
+
+@pytest.mark.parametrize("damage", [{"costs": {}}, {"groups": {}}, None])
+def test_a_steps_plan_that_is_not_this_networks_is_refused(
+    damage: dict[str, Any] | None, trained: nn.Module, loader: Any, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"strategy": StructureDistillation(Linear(2), lesson=None), "out": tmp_path / "run"}
+
+    def kill(line: str) -> None:
+        if line.startswith("step 2 of 2: macs"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(trained, loader, **settings, tell=kill)
+    path = tmp_path / "run" / "stages" / "step-1.plan.json"
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    with pytest.raises(PlanError, match=r"expected .*plan.*; use another folder"):
+        compress(trained, loader, **settings, resume=True)
 
 
 def test_a_resumed_run_is_held_to_its_strategy(whole: Any, trained: nn.Module, loader: Any) -> None:

@@ -77,26 +77,26 @@ class Job:
         """
         path = self.folder.path / PLAN_FILE
         if path.exists():
-            return self._checked(PruningPlan.load(path), path)
+            return self.checked(PruningPlan.load(path), path)
         with self.stage("search"):
             return self.keep(self.search(search))
 
-    def _checked(self, plan: PruningPlan, path: Path) -> PruningPlan:
-        """The plan, if it says of this network what the job's costs say: the verdicts are built on its numbers."""
+    def checked(self, plan: PruningPlan, path: Path) -> PruningPlan:
+        """A plan from a file, if it says of this network what the job's costs say: verdicts are built on its numbers.
+
+        Raises:
+            PlanError: it does not.
+        """
+
+        def agrees(model: CostModel) -> bool:
+            told = plan.costs.get(model.name)
+            pairs = [] if told is None else [(told.base, model.base), (told.predicted, model.cost(plan.widths))]
+            return bool(pairs) and all(math.isclose(one, other, rel_tol=1e-6) for one, other in pairs)
+
         fits = dict(plan.channels) == self.trace.base_widths and plan.inputs == self.trace.inputs
-        for model in self.costs if fits else ():
-            found, expected = plan.costs.get(model.name), (model.base, model.cost(plan.widths))
-            fits = (
-                fits
-                and found is not None
-                and all(
-                    math.isclose(a, b, rel_tol=1e-6)
-                    for a, b in zip((found.base, found.predicted), expected, strict=True)
-                )
-            )
-        if not fits:
+        if not fits or not all(agrees(model) for model in self.costs):
             raise PlanError(f"expected a plan for this network and its costs in {path}, got another's or one that was "
-                            f"edited; use another folder")  # fmt: skip
+                            "edited; use another folder")  # fmt: skip
         return plan
 
     def keep(self, plan: PruningPlan) -> PruningPlan:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import PlanError
 from ..network import NetworkTrace, trace_network
 from ..plan import PlannedCost, PruningPlan
 from ..run_folder import STAGES, read_json
@@ -71,8 +72,13 @@ class Steps:
         return read_json(self._path(step, "json"))
 
     def plan(self, step: int) -> PruningPlan | None:
+        """The step's plan, if it was made.
+
+        Raises:
+            PlanError: it is broken, or another network's.
+        """
         path = self._path(step, "plan.json")
-        return PruningPlan.load(path) if path.exists() else None
+        return self._job.checked(PruningPlan.load(path), path) if path.exists() else None
 
     def keep_plan(self, step: int, plan: PruningPlan) -> None:
         self._write(step, "plan.json", plan.to_json())
@@ -95,7 +101,9 @@ class Steps:
             PlanError: its files are missing or broken.
         """
         job, path = self._job, self._path(step, "safetensors")
-        plan = PruningPlan.load(self._path(step, "plan.json"))
+        plan = self.plan(step)
+        if plan is None:
+            raise PlanError(f"expected the plan of step {step} beside {path}, there is none; use another folder")
         model = apply_plan(copy.deepcopy(job.model), plan, job.measure.inputs).eval()
         load_weights(model, read_weights(path), str(path))
         return Standing(model, _traced(model, job, plan), plan)
