@@ -368,6 +368,9 @@ BUDGET = st.fixed_dictionaries({
 @example(stages=[NOTHING | {"latency_ms_measured": 0}, NOTHING | {"latency_ms_measured": 1}, NOTHING | {"accuracy": 0},
                  NOTHING | {"accuracy": 0, "latency_ms_measured": -1e308}],
          budgets=[], path=[], scores=[0.0] * 8, di=0.0)  # fmt: skip
+@example(stages=[NOTHING | {"macs": 3.6e-295}], budgets=[{"cost": "macs", "asked": 9.7e10, "predicted": None,
+         "measured": None, "met": None}], path=[(0.0, 0.0)] * 2, scores=[0.0] * 8, di=0.0)  # fmt: skip
+@example(stages=[NOTHING | {"macs": 1e-300}], budgets=[], path=[(0.0, 1.0), (1.0, 1e20)], scores=[0.0] * 8, di=0.0)
 def test_any_finite_figures_make_a_page(
     tmp_path: Path, stages: list[dict[str, Any]], budgets: list[dict[str, Any]], path: list[tuple[float, float]],
     scores: list[float], di: float,

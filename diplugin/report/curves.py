@@ -5,6 +5,7 @@ Every function turns a `Run` into one `Drawing`, or None where the run has nothi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from .format import percent, quantity, tick_labels, value
 from .run import Run
 from .svg import SERIES, WIDTH, Axis, Drawing, shortened, ticks
+
+#: Costs beyond this, of the unpruned network's, are nothing to draw.
+_LARGEST_SHARE = 1e6
 
 
 def _marks(low: float, high: float, about: int) -> list[tuple[float, str]]:
@@ -28,9 +32,10 @@ def search_path(run: Run) -> Drawing | None:
     height, left, right, top, bottom = 300, 58, 24, 40, 46
     drawing = Drawing(WIDTH, height, "Label information given up against cost on the search's path")
     shares = {cost: [p.costs[cost] / run.plan.costs[cost].base for p in points] for cost in costs}
-    asked = {b.cost: b.asked / run.plan.costs[b.cost].base for b in run.budgets if b.cost in costs}
-    least = min([*(min(s) for s in shares.values()), *asked.values()])
     most = max([1.0, *(max(s) for s in shares.values())])
+    budgets = {b.cost: b.asked / run.plan.costs[b.cost].base for b in run.budgets if b.cost in costs}
+    asked = {cost: share for cost, share in budgets.items() if 0 <= share <= most}  # others lie beyond the axis
+    least = min([*(min(s) for s in shares.values()), *asked.values()])
     x = Axis(most, max(0.0, least - 0.05 * (most - least)), left, WIDTH - right)
     y = Axis(0, max(p.loss for p in points) * 1.08 or 1.0, height - bottom, top)
     for mark, words in _marks(0, y.high, 5):
@@ -57,7 +62,9 @@ def search_path(run: Run) -> Drawing | None:
 
 def _path_costs(run: Run) -> list[str]:
     """Budgeted costs first, then the others, as far as the path and the plan know them; four at most."""
-    known = [c for c in run.plan.costs if run.plan.costs[c].base > 0 and all(c in p.costs for p in run.plan.path)]
+    bases = {name: cost.base for name, cost in run.plan.costs.items() if cost.base > 0}
+    known = [c for c, base in bases.items()
+             if all(abs(p.costs.get(c, math.inf)) / base < _LARGEST_SHARE for p in run.plan.path)]  # fmt: skip
     budgeted = [b.cost for b in run.budgets if b.cost in known]
     return (list(dict.fromkeys(budgeted)) or known)[: len(SERIES)]
 
