@@ -15,7 +15,7 @@ a folder, and with `--cut` nothing is trained: prune where there is time, train 
 `L2, uniform, reconstructed` gives the structure of uniform widths and largest filter norms the refit that `compress`
 gives its own; `DI, uniform, reconstructed` the same widths and the channels that `compress` ranks first. They tell what
 of our lead is widths, what ranks and what repair. `DI without norms` ranks channels by loss and energy alone, as DI did
-by default before it heard the filters' norms. Measured cuts take half an hour to choose before they train.
+by default before it heard the filters' norms. Measured cuts take many minutes to choose before they train.
 
 Judged on test images. For choosing settings `--judge unfamiliar` reads training images held out of the fine-tuning and
 disguised, `--judge holdout` the same as they are, which the networks knew by heart before they were pruned: it favours

@@ -25,6 +25,11 @@ from .tables import LatencyTable
 LARGEST_SEED = 2**32 - 1
 
 
+def is_seed(value: Any) -> bool:
+    """Whether every generator takes it."""
+    return isinstance(value, int) and 0 <= value <= LARGEST_SEED
+
+
 @dataclass(frozen=True)
 class Configuration:
     """Everything that decides how a run goes, apart from the model and the data.
@@ -59,7 +64,7 @@ class Configuration:
             raise UserError("expected a repair to try at least, such as Recalibrate(), got none")
         if not self.budgets:
             raise BudgetError("expected a budget such as macs=0.5, got none")
-        if not isinstance(self.seed, int) or not 0 <= self.seed <= LARGEST_SEED:
+        if not is_seed(self.seed):
             raise UserError(f"expected a seed from 0 to {LARGEST_SEED}, got {self.seed!r:.80}")
 
     def record(self, model: nn.Module) -> dict[str, Any]:

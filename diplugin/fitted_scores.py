@@ -136,9 +136,7 @@ def _check(fitted: FittedScores) -> None:
     if not all(isinstance(n, int) and n > 0 for n in whole) or not all(isfinite(n) and n >= 0 for n in numbers):
         raise ValueError("numbers that no network has")
     rows = [*(chunk.scores for chunk in fitted.points.values()), *fitted.energies.values()]
-    if not fitted.points or not all(
-        t.ndim == 1 and len(t) and t.dtype in _FLOATS and bool(t.isfinite().all()) for t in rows
-    ):
+    if not fitted.points or not all(_one_a_channel(values) for values in rows):
         raise ValueError("scores that are not finite numbers, one a channel")
     if any(len(t) != fitted.layers[name].in_channels for name, t in fitted.energies.items()):
         raise ValueError("energies of another number of channels")

@@ -269,16 +269,13 @@ class _Run:
         return result
 
     def finish(self, plan: PruningPlan) -> None:
-        table, described = self.measure.table, None
-        if table is not None:
-            device = table.provenance.get("device")
-            described = {**table_info(table), "threads": table.setting.threads, "profiled_on": device}
+        table = self.measure.table
         self.metrics.update(
             budgets=[verdict(budget, self.metrics["base"], plan, self.final) for budget in self.asked.budgets],
             seconds={name: round(value, 3) for name, value in self.seconds.items()},
             data={"chose": f"{self.split.sizes[0]} training images",
                   "judged": "test data, read once" if self.tested else f"holdout of {self.split.sizes[1]} images"},
-            latency_table=described, versions=versions(), seed=self.asked.seed,
+            latency_table=None if table is None else table_info(table), versions=versions(), seed=self.asked.seed,
         )  # fmt: skip
         self.folder.write_json(METRICS, finite(self.metrics))
         write_report(self.folder.path)

@@ -8,7 +8,6 @@ that a fresh model and a plan are enough to build the pruned network again.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -19,7 +18,7 @@ import torch
 
 from .errors import PlanError, first_line
 from .network import TensorSpec
-from .whole_files import write_text
+from .whole_files import finite_number, write_text
 
 SCHEMA = 1
 
@@ -175,9 +174,10 @@ class PruningPlan:
         return cls(
             kept={n: tuple(_integer(i) for i in g["kept"]) for n, g in groups.items()},
             channels={n: _integer(g["channels"]) for n, g in groups.items()},
-            costs={n: PlannedCost(_finite(c["base"]), _finite(c["predicted"])) for n, c in data["costs"].items()},
+            costs={n: PlannedCost(finite_number(c["base"]), finite_number(c["predicted"]))
+                   for n, c in data["costs"].items()},
             inputs=tuple(_tensor_spec(spec) for spec in data["inputs"]),
-            path=tuple(PathPoint(_finite(p["loss"]), {k: _finite(v) for k, v in p["costs"].items()})
+            path=tuple(PathPoint(finite_number(p["loss"]), {k: finite_number(v) for k, v in p["costs"].items()})
                        for p in data["path"]),
             found_by=_text(data.get("found_by", "")),
         )  # fmt: skip
@@ -217,13 +217,6 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or len(value) > 500:
         raise TypeError(f"expected a short text, got {value!r:.80}")
     return value
-
-
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"expected a finite number, got {value!r}")
-    return number
 
 
 def _tensor_spec(data: Mapping[str, Any]) -> TensorSpec:

@@ -16,7 +16,6 @@ Every file appears under its name only when it is complete. A run is whole when 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 import warnings
@@ -28,7 +27,7 @@ from typing import Any
 
 from .errors import PlanError, first_line
 from .team import Team
-from .whole_files import LEFTOVERS, write_json, write_text
+from .whole_files import LEFTOVERS, finite_number, write_json, write_text
 
 CONFIG, SCORES, METRICS, REPORT, LOG = "config.json", "scores.json", "metrics.json", "report.html", "log.txt"
 ONNX = "model.onnx"
@@ -169,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any]:
         PlanError: no such file, or no JSON object in it.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+        data = json.loads(path.read_text(encoding="utf-8"), parse_float=finite_number, parse_constant=finite_number)
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"expected a JSON object at {path}, got {error}") from error
     if not isinstance(data, dict):
@@ -187,13 +186,6 @@ def cut_figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if not isinstance(figures, dict):
         raise PlanError(f"expected a whole run in {folder}, its {METRICS} holds no figures of a pruned network")
     return figures
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text:.20} is no finite number")
-    return number
 
 
 def recorded(settings: Any) -> dict[str, Any] | None:

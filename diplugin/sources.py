@@ -131,9 +131,8 @@ def load_data(spec: str, *, example_shape: Sequence[int] | None = None, batch_si
     """
     source = _source(spec, example_shape, batch_size)
     data = source.train.dataset
-    if (
-        example_shape is not None and isinstance(data, Images | TensorDataset) and len(data)
-    ):  # in memory: a look is free
+    in_memory = isinstance(data, Images | TensorDataset) and len(data) > 0  # there a look at one is free
+    if example_shape is not None and in_memory:
         here, asked = (" x ".join(map(str, shape)) for shape in (data[0][0].shape, example_shape[1:]))
         if here != asked:
             raise DataError(f"expected inputs of {asked} as the example shape says, {spec} has {here}")

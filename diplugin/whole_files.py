@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,20 @@ from typing import Any
 
 #: Names that killed writers leave behind.
 LEFTOVERS = ".*.partial"
+
+
+def finite_number(value: Any) -> float:
+    """A number as strict JSON has it; also what `json.loads` may be given to parse numbers with.
+
+    Raises:
+        ValueError: NaN, infinity, or no number.
+        TypeError: no number.
+        OverflowError: an integer beyond every float.
+    """
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, got {value!r:.80}")
+    return number
 
 
 @contextmanager

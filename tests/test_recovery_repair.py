@@ -29,6 +29,16 @@ class Scramble:
         return model
 
 
+@pytest.fixture
+def cut(make_net: Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]) -> Cut:
+    """A plan that keeps every channel."""
+    model, inputs = make_net("plain")
+    trace = trace_network(model, inputs)
+    everything = {g.name: tuple(range(g.channels)) for g in trace.prunable}
+    plan = PruningPlan(everything, {n: len(k) for n, k in everything.items()}, {}, trace.inputs)
+    return Cut(model, [(torch.randn(20, *inputs[0].shape[1:]), torch.zeros(20))], trace, plan)
+
+
 def test_the_judge_chooses(make_net: Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]) -> None:
     model, inputs = make_net("residual")
     trace = trace_network(model, inputs)
@@ -50,12 +60,7 @@ def test_the_judge_chooses(make_net: Callable[..., tuple[nn.Module, tuple[Tensor
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_repairs_of_one_name_are_told_apart(make_net: Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]) -> None:
-    model, inputs = make_net("plain")
-    trace = trace_network(model, inputs)
-    everything = {g.name: tuple(range(g.channels)) for g in trace.prunable}
-    plan = PruningPlan(everything, {n: len(k) for n, k in everything.items()}, {}, trace.inputs)
-    cut = Cut(model, [(torch.randn(20, *inputs[0].shape[1:]), torch.zeros(20))], trace, plan)
+def test_repairs_of_one_name_are_told_apart(cut: Cut) -> None:
     worth, judged = iter((0.5, 0.9, 0.6)), []
 
     def judge(net: nn.Module) -> float:
@@ -68,12 +73,7 @@ def test_repairs_of_one_name_are_told_apart(make_net: Callable[..., tuple[nn.Mod
         best_repair(cut, (), judge)
 
 
-def test_a_tie_goes_to_the_first(make_net: Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]) -> None:
-    model, inputs = make_net("plain")
-    trace = trace_network(model, inputs)
-    everything = {g.name: tuple(range(g.channels)) for g in trace.prunable}
-    plan = PruningPlan(everything, {n: len(k) for n, k in everything.items()}, {}, trace.inputs)
-    cut = Cut(model, [(torch.randn(20, *inputs[0].shape[1:]), torch.zeros(20))], trace, plan)
+def test_a_tie_goes_to_the_first(cut: Cut) -> None:
     marked: list[nn.Module] = []
 
     def judge(net: nn.Module) -> float:

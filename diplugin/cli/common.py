@@ -42,10 +42,10 @@ def positive(text: str) -> int:
 
 def seed(text: str) -> int:
     """argparse type: an integer that every generator takes."""
-    from ..configuration import LARGEST_SEED
+    from ..configuration import LARGEST_SEED, is_seed
 
     value = int(text)
-    if not 0 <= value <= LARGEST_SEED:
+    if not is_seed(value):
         raise argparse.ArgumentTypeError(f"expected 0 to {LARGEST_SEED}, got {value}")
     return value
 

@@ -70,13 +70,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _recorded_split(config: Mapping[str, Any]) -> tuple[float, int]:
     """The fraction that a run has set aside, and its seed."""
-    from ..configuration import LARGEST_SEED
+    from ..configuration import LARGEST_SEED, is_seed
     from ..errors import PlanError
 
     holdout, seed = config.get("holdout", 0.1), config.get("seed", 0)
     if not isinstance(holdout, float) or not 0 < holdout < 1:
         raise PlanError(f"expected a fraction as the run's 'holdout' in its config.json, got {holdout!r:.80}")
-    if not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+    if not is_seed(seed):
         raise PlanError(f"expected 0 to {LARGEST_SEED} as the run's 'seed' in its config.json, got {seed!r:.80}")
     return holdout, seed
 

@@ -185,9 +185,7 @@ def _check_here(plan: Mapping[str, Any], journal: Path) -> None:
         own_journal(plan, journal)
 
 
-def _bring_back(
-    remote: Remote, stem: str, plan: Mapping[str, Any], journal: Path, *, quiet: bool = False
-) -> int:  # fmt: skip
+def _bring_back(remote: Remote, stem: str, plan: Mapping[str, Any], journal: Path, *, quiet: bool = False) -> int:
     """Fetch the journal, replacing the local one only by a readable one of the same plan with no fewer rows."""
     try:
         data = remote.fetch(stem + ".jsonl")

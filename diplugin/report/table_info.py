@@ -17,7 +17,9 @@ def table_info(table: LatencyTable) -> dict[str, Any]:
     return {
         "name": table.name,
         "device": table.device,
+        "profiled_on": table.provenance.get("device"),
         "setting": table.setting.text,
+        "threads": table.setting.threads,
         "origin": table.origin,
         "emulated": table.emulated,
         "dtype": table.dtype,
