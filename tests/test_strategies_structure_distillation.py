@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from bars import CLASSES, INPUTS, bars
+from bars import INPUTS, bars, make_bars_net, trained_on_bars
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -19,11 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 import diplugin
 from diplugin.costs import macs, params
 from diplugin.costs.latency import timed_layers
-from diplugin.discriminant import discriminant_directions, discriminant_information
 from diplugin.errors import BudgetError, DataError, InfeasibleBudget, PlanError, UserError
 from diplugin.latency.grid import group_grids, layer_keys
 from diplugin.measurements import Measure
-from diplugin.network import silence, trace_network
+from diplugin.network import trace_network
 from diplugin.plan import PruningPlan
 from diplugin.recovery import (
     Distillation,
@@ -31,9 +29,6 @@ from diplugin.recovery import (
     FineTuning,
     Recalibrate,
     Reconstruct,
-    feature_loss,
-    matching,
-    train,
 )
 from diplugin.scoring import score_groups
 from diplugin.search import FixedScores, greedy_search
@@ -45,30 +40,9 @@ MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
 HALF = diplugin.Budget("macs", fraction=0.4)
 
 
-class Net(nn.Module):
-    """A block with a shortcut, and two hidden layers; penultimate features can be pruned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.bn0 = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.a, self.bn1 = nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.b, self.bn2 = nn.Conv2d(16, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.c, self.d, self.head = nn.Conv2d(8, 12, 3, stride=2), nn.Linear(12 * 9, 12), nn.Linear(12, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn0(self.stem(x)).relu()
-        x = (x + self.bn2(self.b(self.bn1(self.a(x)).relu()))).relu()
-        return self.head(self.d(self.c(x).relu().flatten(1)).relu())
-
-
-def make_net() -> nn.Module:
-    torch.manual_seed(0)
-    return Net()
-
-
 @pytest.fixture(scope="module")
 def trained() -> nn.Module:
-    return train(make_net(), DataLoader(bars(400, 1), 50, shuffle=True), FineTuning(epochs=3, lr=0.05)).eval()
+    return trained_on_bars()
 
 
 @pytest.fixture(scope="module")
@@ -87,138 +61,6 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-
-
-# --- schedules ---
-
-
-@pytest.mark.parametrize("schedule", [Linear(1), Linear(5), Geometric(1), Geometric(5)])
-def test_schedules_fall_from_the_unpruned_cost_to_the_budget(schedule: Any) -> None:
-    limits = [100.0, *(schedule.limit(100.0, 30.0, step) for step in range(1, schedule.steps + 1))]
-    assert limits[-1] == 30.0 and limits == sorted(limits, reverse=True) and len(set(limits)) == len(limits)
-    drops = np.diff(limits if isinstance(schedule, Linear) else np.log(limits))
-    assert np.allclose(drops, drops[0])
-    assert schedule.limit(20.0, 30.0, 1) == 30.0, "a budget that holds already asks for nothing"
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1.5, True])
-def test_a_schedule_has_steps(steps: Any) -> None:
-    for kind in (Linear, Geometric):
-        with pytest.raises(BudgetError, match="1 step or more"):
-            kind(steps)
-
-
-# --- the teacher's discriminant subspace ---
-
-
-def clouds(images: int = 120, channels: int = 7, classes: int = 4) -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(3)
-    labels = (classes * torch.rand(images, generator=draw).square()).long()
-    centres = torch.randn(classes, channels, generator=draw, dtype=torch.float64)
-    return centres[labels] + torch.randn(images, channels, generator=draw, dtype=torch.float64), labels
-
-
-def test_directions_are_the_leading_eigenvectors() -> None:
-    x, y = clouds()
-    rho = 5.0
-    got = discriminant_directions(x, y, rho, class_weight="balanced").numpy()
-    centred = x.numpy() - x.numpy().mean(0)
-    total, between = centred.T @ centred, np.zeros((7, 7))
-    for k in range(4):
-        mean = centred[y.numpy() == k].mean(0)
-        between += (y.numpy() == k).sum() * np.outer(mean, mean)
-    ridge = rho * np.trace(total) / len(x)
-    values, vectors = np.linalg.eig(np.linalg.solve(total + ridge * np.eye(7), between))
-    order = np.argsort(-values.real)[:3]
-    for mine, theirs in zip(got.T, vectors.real[:, order].T, strict=True):
-        cosine = abs(mine @ theirs) / np.linalg.norm(mine) / np.linalg.norm(theirs)
-        assert cosine == pytest.approx(1.0, abs=1e-9)
-    assert np.allclose((centred @ got).var(0), 1.0), "the teacher's spread is the unit"
-    di = float(discriminant_information(x, y, rho, class_weight="balanced"))
-    assert values.real.sum() / 3 == pytest.approx(di), "the eigenvalues add up to DI"
-
-
-def test_directions_are_those_of_linear_discriminant_analysis() -> None:
-    from sklearn.covariance import EmpiricalCovariance
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
-    x, y = clouds()
-    rho = 2.0
-    centred = x - x.mean(0)
-    ridge = rho * float(centred.square().sum()) / len(x)
-
-    class Ridged(EmpiricalCovariance):
-        def fit(self, X: Any, y: Any = None) -> Any:
-            super().fit(X)
-            self.covariance_ = self.covariance_ + ridge / len(x) * np.eye(7)
-            return self
-
-    lda = LinearDiscriminantAnalysis(solver="eigen", covariance_estimator=Ridged()).fit(x.numpy(), y.numpy())
-    theirs = lda.scalings_[:, :3]
-    got = discriminant_directions(x, y, rho, class_weight="balanced").numpy()
-    for one, two in zip(got.T, theirs.T, strict=True):
-        assert abs(one @ two) / np.linalg.norm(one) / np.linalg.norm(two) == pytest.approx(1.0, abs=1e-9)
-    assert discriminant_directions(x, y, rho, count=2, class_weight="balanced").shape == (7, 2)
-
-
-def test_features_that_say_nothing_have_no_directions() -> None:
-    with pytest.raises(DataError, match="nothing"):
-        discriminant_directions(torch.zeros(8, 3), torch.arange(8) % 2)
-
-
-def test_the_feature_loss_by_hand() -> None:
-    x, y = clouds()
-    other = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    directions = discriminant_directions(x, y)
-    by_hand = np.mean(((other - x).numpy() @ directions.numpy()) ** 2)
-    assert float(feature_loss(other, x, directions)) == pytest.approx(by_hand)
-    assert float(feature_loss(x.mean(0).expand_as(x), x, directions)) == pytest.approx(1.0)
-    free = torch.linalg.svd(directions.T)[2][-1]  # no direction sees it
-    assert float(feature_loss(x + free, x, directions)) == pytest.approx(0.0, abs=1e-20)
-
-
-@pytest.mark.parametrize("kind", ["plain", "vgg", "residual", "tokens", "transposed"])
-def test_the_match_reads_the_channels_that_both_networks_have(make_net: MakeNet, kind: str) -> None:
-    teacher, inputs = make_net(kind)
-    trace = trace_network(teacher, inputs)
-    cost = macs(trace)
-    x, y = torch.randn(80, 3, 8, 8), torch.arange(80) % 4
-    scores = {g.name: torch.rand(g.channels, dtype=torch.float64) for g in trace.prunable}
-    plan = greedy_search(trace, FixedScores(trace.prunable, scores), [cost], [diplugin.Budget("macs", fraction=0.5)])
-    # A network whose removed channels are silent is the pruned one: features of the channels that stay are equal.
-    silent = copy.deepcopy(teacher)
-    silence(silent, trace.prunable, plan.removed)
-    student = diplugin.apply_plan(copy.deepcopy(teacher), plan, inputs)
-    settings = FeatureDistillation(feature_weight=1.0)
-    for net in (silent, teacher):
-        with matching(student, net, trace, plan, [(x, y)], settings) as loss, torch.no_grad():
-            net(x), student(x)
-            assert (float(loss()) < 1e-8) == (net is silent)
-
-
-def test_the_match_teaches_features(trained: nn.Module, loader: Any) -> None:
-    trace = trace_network(trained, INPUTS)
-    everything = PruningPlan({n: tuple(range(w)) for n, w in trace.base_widths.items()}, trace.base_widths)
-    settings = FeatureDistillation(epochs=10, lr=0.05, feature_weight=5.0)
-    x, distances = next(iter(loader))[0], []
-    for matched in (True, False):
-        student = copy.deepcopy(trained)
-        with torch.no_grad():
-            for p in student.parameters():
-                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-        with matching(student, trained, trace, everything, loader, settings) as loss:
-            train(student, loader, settings, teacher=trained, extra=loss if matched else None)
-            with torch.no_grad():
-                student.eval()(x), trained(x)
-                distances.append(float(loss()))
-        assert not any(m._forward_pre_hooks for m in (*student.modules(), *trained.modules()))
-    assert distances[0] < 0.8 * distances[1]
-
-
-@pytest.mark.parametrize("wrong", [{"teacher_weight": 0.0}, {"feature_weight": -1.0}, {"rho": 0.0}, {"images": 1}])
-def test_settings_of_the_match(wrong: Any) -> None:
-    with pytest.raises(UserError, match="expected a teacher_weight"):
-        FeatureDistillation(**wrong)
 
 
 # --- plans ---
@@ -285,12 +127,12 @@ def test_budgets_are_met_step_by_step(whole: Any, trained: nn.Module) -> None:
 
 def test_the_final_plan_and_weights_are_the_network_in_hand(whole: Any) -> None:
     result, out, _ = whole
-    rebuilt = diplugin.load_pruned(make_net(), out).eval()
+    rebuilt = diplugin.load_pruned(make_bars_net(), out).eval()
     x = torch.randn(5, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(rebuilt(x), result.model(x))
     assert PruningPlan.load(out / "plan.json") == result.plan
-    assert result.plan.channels == trace_network(make_net(), INPUTS).base_widths
+    assert result.plan.channels == trace_network(make_bars_net(), INPUTS).base_widths
 
 
 def test_without_lessons_the_weights_are_the_unpruned_ones(trained: nn.Module, loader: Any) -> None:
