@@ -77,7 +77,7 @@ class Measure:
         return current_team().done_by_first(work)
 
     def timed(self, *paths: Path) -> list[float | None]:
-        """Times of ONNX files on this machine, in ms; None where the table is another device's.
+        """Times of ONNX files on this machine, in ms, as 8-bit ones under an 8-bit table; None under another device's.
 
         The files run in turns: a machine that others use too is not as fast at the end of a run as at its start, and in
         turns all of them meet the same minute. Of many processes the first one times them while the others wait: a
@@ -89,8 +89,8 @@ class Measure:
                 return [None] * len(paths)
             from .latency import measure_side_by_side
 
-            threads = self.table.setting.threads if self.table is not None else 1
-            return [timing.latency_ms for timing in measure_side_by_side(paths, threads=threads)]
+            threads, dtype = (self.table.setting.threads, self.table.dtype) if self.table else (1, "float32")
+            return [timing.latency_ms for timing in measure_side_by_side(paths, threads=threads, dtype=dtype)]
 
         return current_team().done_by_first(work)
 

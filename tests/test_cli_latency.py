@@ -120,12 +120,12 @@ def whole_run(folder: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture
-def asked_threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Nothing is timed: everything takes 1.1 ms; the threads of every timing."""
-    asked = list[int]()
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """Nothing is timed: everything takes 1.1 ms; threads and number type of every timing."""
+    asked = list[tuple[int, str]]()
 
-    def timed(_: Path, *, threads: int) -> onnx_timing.OnnxTiming:
-        asked.append(threads)
+    def timed(_: Path, *, threads: int, dtype: str) -> onnx_timing.OnnxTiming:
+        asked.append((threads, dtype))
         return onnx_timing.OnnxTiming(1.1, 1.1, 1.1, 0.0, 5.0)
 
     monkeypatch.setattr(onnx_timing, "measure_apart", timed)
@@ -133,7 +133,7 @@ def asked_threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_time_taken_here_does_not_judge_another_devices_budget(
-    tmp_path: Path, asked_threads: list[int], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, asked: list[tuple[int, str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = whole_run(tmp_path / "run")
     before = json.loads((run / "metrics.json").read_text())["budgets"]
@@ -141,20 +141,31 @@ def test_a_time_taken_here_does_not_judge_another_devices_budget(
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["budgets"] == before
     assert metrics["pruned"]["latency_ms_measured"] == 1.1 and metrics["measured_on"] == device.device_model()
-    assert asked_threads == [4], "as the table's entries were timed"
+    assert asked == [(4, "float32")], "as the table's entries were timed"
     assert "planned for Raspberry Pi 5" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("known", ["device", "profiled_on"])
 def test_a_time_taken_on_the_tables_device_judges(
-    tmp_path: Path, asked_threads: list[int], capsys: pytest.CaptureFixture[str], known: str
+    tmp_path: Path, asked: list[tuple[int, str]], capsys: pytest.CaptureFixture[str], known: str
 ) -> None:
     run = whole_run(tmp_path / "run", latency_table={"device": "desk", known: device.device_model()})
     assert cli("measure", run) == 0 and cli("measure", run, "--threads", "2") == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["budgets"][0]["measured"] == 1.1 and metrics["budgets"][0]["met"] is True
-    assert asked_threads == [1, 2] and metrics["measured_on"] == "here"
+    assert asked == [(1, "float32"), (2, "float32")] and metrics["measured_on"] == "here"
     assert "planned for" not in capsys.readouterr().out
+
+
+def test_a_run_planned_in_8_bits_is_timed_in_8_bits(
+    tmp_path: Path, asked: list[tuple[int, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = device.device_model()
+    run = whole_run(tmp_path / "run", latency_table={"device": here, "profiled_on": here, "dtype": "int8"})
+    assert cli("measure", run) == 0
+    assert asked == [(1, "int8")] and "in 8 bits" in capsys.readouterr().out
+    assert cli("measure", run / "model.onnx") == 0
+    assert asked[1:] == [(1, "float32")] and "in 8 bits" not in capsys.readouterr().out, "a file alone is what it is"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +175,7 @@ def test_a_time_taken_on_the_tables_device_judges(
     ids=str,
 )  # fmt: skip
 def test_broken_metrics_are_refused_before_anything_is_timed(
-    tmp_path: Path, asked_threads: list[int], changes: dict[str, Any]
+    tmp_path: Path, asked: list[tuple[int, str]], changes: dict[str, Any]
 ) -> None:
     run = whole_run(tmp_path / "run", **changes)
     before = (run / "metrics.json").read_bytes()
@@ -173,7 +184,7 @@ def test_broken_metrics_are_refused_before_anything_is_timed(
     if "base" not in changes:  # what the library needs of a run is less than a page
         with pytest.raises(PlanError, match="expected"):
             note_measurement(run, onnx_timing.OnnxTiming(1.1, 1.1, 1.1, 0.0, 5.0), "here")
-    assert (run / "metrics.json").read_bytes() == before and asked_threads == []
+    assert (run / "metrics.json").read_bytes() == before and asked == []
 
 
 def test_list_names_the_shipped_tables(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from diplugin.errors import ModelError
+from diplugin.export import export_onnx
 from diplugin.latency import ProfilePlan, Protocol, measure_onnx, measure_side_by_side, onnx_timing
-from diplugin.latency.graphs import export_bytes
-from diplugin.latency.onnx_timing import measure_apart
+from diplugin.latency.graphs import export_bytes, net_graph
+from diplugin.latency.onnx_timing import measure_apart, onnx_plan
 
 QUICK = Protocol(rounds=3, runs=3, min_runs=1, round_ms=0.5, warmup_ms=0.0, patience=1, gap_ms=0.0, pause_s=0.0)
 
@@ -56,11 +62,33 @@ def test_a_process_of_its_own_tells_its_memory(tmp_path: Path, monkeypatch: pyte
     assert timing.latency_ms > 0 and timing.peak_memory_mb is not None and timing.peak_memory_mb > 5
 
 
+def weighted_kernels(graph: bytes, folder: Path) -> Counter[str]:
+    """What ONNX Runtime makes of a graph's layers with weights."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(folder / "optimized.onnx")
+    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    kinds = Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+    return Counter({kind: count for kind, count in kinds.items() if kind.endswith(("Conv", "Gemm", "MatMul"))})
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "vgg", "depthwise", "grouped", "tokens"])
+def test_in_8_bits_a_finished_file_runs_the_kernels_of_the_nets_that_a_table_is_calibrated_on(
+    kind: str, make_net: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, inputs = make_net(kind)
+    export_onnx(model, inputs, tmp_path / "model.onnx")
+    plan = onnx_plan(tmp_path / "model.onnx", dtype="int8")
+    found = weighted_kernels(plan.blob(plan.jobs[-1].blob), tmp_path)
+    assert found == weighted_kernels(net_graph(model, inputs, dtype="int8")[0], tmp_path)
+    assert found.keys() <= {"QLinearConv", "QGemm", "QLinearMatMul"}
+
+
 @pytest.mark.parametrize("content", [None, b"", b"no onnx at all"])
-def test_a_file_that_does_not_load_is_one_line(content: bytes | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_file_that_does_not_load_is_one_line(content: bytes | None, dtype: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.onnx"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ModelError, match=r"bad\.onnx") as error:
-        measure_onnx(path)
+        onnx_plan(path, dtype=dtype)
     assert "\n" not in str(error.value)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from diplugin import latency
 from diplugin.costs import Budget
 from diplugin.features import forward_inputs, labels_of
 from diplugin.groups import remove_channels
+from diplugin.latency.device import device_model
 from diplugin.measurements import Measure, finite, verdict, versions
 from diplugin.network import trace_network
 from diplugin.plan import PlannedCost, PruningPlan
+from diplugin.tables import Entry, LatencyTable, OpKey
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
 
@@ -61,6 +65,24 @@ def test_both_networks_are_timed(tmp_path: Path, make_net: MakeNet) -> None:
     before, after = measure.timed(measure.unpruned, path)
     assert before is not None and after is not None and before > 0 < after
     assert path.stat().st_size < measure.unpruned.stat().st_size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_networks_are_timed_in_the_form_that_the_table_speaks_of(
+    dtype: str, tmp_path: Path, make_net: MakeNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def side_by_side(paths: Sequence[Path], *, threads: int, dtype: str) -> list[latency.OnnxTiming]:
+        asked.append(dtype)
+        return [latency.OnnxTiming(1.0, 1.0, 1.0, 0.0)] * len(paths)
+
+    monkeypatch.setattr(latency, "measure_side_by_side", side_by_side)
+    model, inputs = make_net("plain")
+    entry = Entry(OpKey("linear", 6, 5, dtype=dtype), 1.0, 1.0, 1.0, 0.0)
+    table = LatencyTable("here", device_model(), latency.runtime_setting(1), (entry,))
+    measure = replace(measure_of(inputs, tmp_path), table=table)
+    assert measure.local and measure.base(model, [])["latency_ms_measured"] == 1.0 and asked == [dtype]
 
 
 def test_costs_are_counted_on_the_cut_network(tmp_path: Path, make_net: MakeNet) -> None:

@@ -246,6 +246,13 @@ def test_a_table_is_labelled_by_how_far_it_can_be_trusted(tmp_path: Path, change
     assert pill is not None and pill.text == label and (pill.tone == "good") == (label == "calibrated")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_times_in_8_bits_are_said_to_be_so(tmp_path: Path, dtype: str) -> None:
+    figures_ = metrics()
+    figures_["latency_table"] |= {"dtype": dtype}
+    assert ("networks in 8 bits" in page_of(make(tmp_path / "run", metrics=figures_)).text) == (dtype == "int8")
+
+
 def test_the_cross_check_with_scikit_learn_is_shown_layer_by_layer(tmp_path: Path) -> None:
     found = [("DI", 8, 0.9), ("DI", 2, 0.7), ("L1", 2, 0.5), ("L1", 8, 0.9), ("unheard of", 1, 1), ("random", 4, 0.5)]
     rows = [{"criterion": criterion, "kept": kept, "accuracy": rate} for criterion, kept, rate in found]

@@ -20,20 +20,21 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..latency.noted import HERE, note_measurement, planned_elsewhere, planned_threads
+    from ..latency.noted import HERE, note_measurement, planned_dtype, planned_elsewhere, planned_threads
     from ..latency.onnx_timing import measure_apart
     from ..latency.remote import Remote, measure_there
 
     metrics = _checked(args.run_folder) if args.run_folder.is_dir() else {}
     path = args.run_folder / "model.onnx" if metrics else args.run_folder
-    threads = args.threads or planned_threads(metrics)
+    threads, dtype = args.threads or planned_threads(metrics), planned_dtype(metrics)
     if args.ssh:
         remote = Remote(args.ssh, python=args.python, options=tuple(args.ssh_option))
-        timing, place = measure_there(remote, path, threads=threads), args.ssh
+        timing, place = measure_there(remote, path, threads=threads, dtype=dtype), args.ssh
     else:
-        timing, place = measure_apart(path, threads=threads), HERE
+        timing, place = measure_apart(path, threads=threads, dtype=dtype), HERE
     memory = "" if timing.peak_memory_mb is None else f", peak memory of the process {timing.peak_memory_mb:.1f} MB"
-    print(f"{path}: {timing.latency_ms:.4g} ms ({place}, {threads} thread{'s' if threads != 1 else ''}, "
+    form = ", in 8 bits as its table" if dtype == "int8" else ""
+    print(f"{path}: {timing.latency_ms:.4g} ms ({place}, {threads} thread{'s' if threads != 1 else ''}{form}, "
           f"scatter {timing.cv:.1%}){memory}")  # fmt: skip
     if metrics:
         from ..report import write_report

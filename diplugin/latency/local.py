@@ -158,11 +158,10 @@ def fitting_plan(
 
 
 def is_this_machine(table: LatencyTable) -> bool:
-    """Whether a table is of float networks on a machine like this one, with the runtime that is installed here."""
+    """Whether a table is of a machine like this one, with the runtime that is installed here."""
     try:
         import onnxruntime
     except ImportError:
         return False
     here = table.provenance.get("device") == device.device_model() or table.device == device.device_model()[:160]
-    here = here and table.dtype == "float32"
     return here and table.setting.runtime == "onnxruntime" and table.setting.version == onnxruntime.__version__

@@ -29,6 +29,11 @@ def planned_threads(metrics: Mapping[str, Any]) -> int:
     return threads if isinstance(threads, int) and threads >= 1 else 1
 
 
+def planned_dtype(metrics: Mapping[str, Any]) -> str:
+    """The number type that a run's latency table speaks of: "int8" or "float32"."""
+    return "int8" if _table(metrics).get("dtype") == "int8" else "float32"
+
+
 def note_measurement(folder: str | Path, timing: OnnxTiming, place: str) -> dict[str, Any]:
     """Put a timing of a run's `model.onnx` into its metrics; returns them.
 

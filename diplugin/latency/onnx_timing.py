@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ModelError, TableError, first_line
 from . import device
+from .int8 import eight_bit
 from .local import run_bundle
 from .plan import ProfilePlan, Protocol, runtime_setting
 
@@ -46,37 +47,42 @@ def measure_onnx(path: str | Path, *, threads: int = 1, protocol: Protocol = WHO
 
 
 def measure_side_by_side(
-    paths: Sequence[str | Path], *, threads: int = 1, protocol: Protocol = WHOLE_NET
+    paths: Sequence[str | Path], *, threads: int = 1, protocol: Protocol = WHOLE_NET, dtype: str = "float32"
 ) -> list[OnnxTiming]:
     """`measure_onnx` of up to three files in turns, so that a busy minute slows all of them alike.
+
+    Args:
+        dtype: "int8" for what the float files take once they compute in 8 bits, see `int8`.
 
     Raises:
         ModelError: ONNX Runtime cannot load or run a file.
     """
     plan = ProfilePlan("side by side", runtime_setting(threads), protocol)
-    jobs = [_add_file(plan, Path(path)) for path in paths]
+    jobs = [_add_file(plan, Path(path), dtype) for path in paths]
     with tempfile.TemporaryDirectory() as folder:
         rows = run_bundle(plan, Path(folder) / "nets.jsonl").rows
     return [replace(_timing(plan, rows[job]), peak_memory_mb=None) for job in jobs]
 
 
-def onnx_plan(path: str | Path, *, threads: int = 1, protocol: Protocol = WHOLE_NET) -> ProfilePlan:
-    """The bundle that times one finished ONNX file, its weights inside.
+def onnx_plan(
+    path: str | Path, *, threads: int = 1, protocol: Protocol = WHOLE_NET, dtype: str = "float32"
+) -> ProfilePlan:
+    """The bundle that times one finished ONNX file, its weights inside, or with "int8" its 8-bit form.
 
     Raises:
         ModelError: ONNX Runtime cannot load the file.
     """
     plan = ProfilePlan(Path(path).stem, runtime_setting(threads), protocol)
-    _add_file(plan, Path(path))
+    _add_file(plan, Path(path), dtype)
     return plan
 
 
-def _add_file(plan: ProfilePlan, path: Path) -> str:
+def _add_file(plan: ProfilePlan, path: Path, dtype: str) -> str:
     """Add a finished file as a whole net; returns the job's id."""
     import onnxruntime
 
     try:
-        blob = path.read_bytes()
+        blob = path.read_bytes() if dtype == "float32" else eight_bit(path.read_bytes())
         session = onnxruntime.InferenceSession(blob, providers=["CPUExecutionProvider"])
         inputs = [[x.name, [d if isinstance(d, int) else 1 for d in x.shape], _numpy_type(x.type)]
                   for x in session.get_inputs()]  # fmt: skip
@@ -95,14 +101,14 @@ def _timing(plan: ProfilePlan, row: Mapping[str, Any]) -> OnnxTiming:
     return OnnxTiming(latency, row["cpu_ms"], row["wall_ms"], row["cv"], row["peak_mb"] or None)
 
 
-def measure_apart(path: str | Path, *, threads: int = 1) -> OnnxTiming:
+def measure_apart(path: str | Path, *, threads: int = 1, dtype: str = "float32") -> OnnxTiming:
     """Time a finished ONNX file on this machine in a process of its own, which also tells its peak memory.
 
     Raises:
         ModelError: ONNX Runtime cannot load the file.
         TableError: the process failed.
     """
-    plan = onnx_plan(path, threads=threads, protocol=WHOLE_NET)
+    plan = onnx_plan(path, threads=threads, protocol=WHOLE_NET, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
         bundle, journal = plan.save(Path(folder) / "net.pyz"), Path(folder) / "net.jsonl"
         command = [sys.executable, str(bundle), "--journal", str(journal), "--quiet"]

@@ -205,14 +205,14 @@ def _bring_back(remote: Remote, stem: str, plan: Mapping[str, Any], journal: Pat
         raise DeviceError(f"the journal of {remote.host!r} cannot be brought back: {first_line(error)}") from None
 
 
-def measure_there(remote: Remote, path: str | Path, *, threads: int = 1) -> OnnxTiming:
-    """Time a finished ONNX file on a device, by the profiler's protocol.
+def measure_there(remote: Remote, path: str | Path, *, threads: int = 1, dtype: str = "float32") -> OnnxTiming:
+    """Time a finished ONNX file on a device, by the profiler's protocol; with "int8" its 8-bit form.
 
     Raises:
         ModelError: the file does not load.
         DeviceError: the device cannot be reached, or lacks something.
     """
-    plan = onnx_plan(path, threads=threads)
+    plan = onnx_plan(path, threads=threads, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
         bundle, journal = plan.save(Path(folder) / "measure.pyz"), Path(folder) / "measure.jsonl"
         run_bundle_there(remote, bundle, journal)

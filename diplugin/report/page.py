@@ -83,6 +83,7 @@ def _content(run: Run) -> dict[str, Any]:
         "agreement": agreement(run),
         "steps": steps_table(run),
         "measured_on": run.measured_on,
+        "eight_bits": run.table is not None and run.table.get("dtype") == "int8",
         "groups": {"kept": len(run.plan.kept), "left_alone": _left_alone(run)},
         "scores": run.scores,
         "table": table_lines(run),
