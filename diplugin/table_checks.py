@@ -51,6 +51,10 @@ def text(limit: int) -> Callable[[Any, str], str]:
     return check
 
 
+#: What a table may be called.
+table_name = text(80)
+
+
 def boolean(value: Any, name: str) -> bool:
     """True or false."""
     if not isinstance(value, bool):

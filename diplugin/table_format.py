@@ -202,7 +202,7 @@ def _table(document: dict[str, Any]) -> LatencyTable:
     if not isinstance(sha, str) or (sha and not _SHA256.fullmatch(sha)):
         raise ValueError("plan_sha256 is no SHA-256")
     return LatencyTable(
-        name=checks.text(80)(document["name"], "name"),
+        name=checks.table_name(document["name"], "name"),
         device=checks.text(160)(document["device"], "device"),
         setting=Setting(**checks.exact_object(document["setting"], checks.SETTING, "setting")),
         entries=entries, nets=nets,

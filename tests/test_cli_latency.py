@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from diplugin.cli import measure, profile, tables
-from diplugin.errors import DipluginError, PlanError
+from diplugin.errors import DipluginError, PlanError, TableError
 from diplugin.latency import device, local, onnx_timing, plan
 from diplugin.latency.noted import note_measurement
 from diplugin.latency.plan import Protocol
@@ -68,6 +68,16 @@ def test_plan_run_finish_show_check_plot_and_diff(net: tuple[str, ...], capsys: 
     with pytest.raises(DipluginError, match="another") as error:
         cli("tables", "check", "t.json", "--device", "another")
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["n" * 500, "two\nlines"])
+@pytest.mark.parametrize("words", [("plan", "--out", "b.pyz"), ("here", "--out", "t.json")])
+def test_a_name_that_no_table_can_have_is_refused_before_anything_is_timed(
+    net: tuple[str, ...], words: tuple[str, ...], name: str
+) -> None:
+    with pytest.raises(TableError, match="expected a name") as error:
+        cli("profile", words[0], *net, *words[1:], "--name", name)
+    assert "\n" not in str(error.value) and list(Path().glob("*.pyz")) == list(Path().glob("*.json")) == []
 
 
 def test_here_writes_a_table(net: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,7 @@ def onnx_plan(
     Raises:
         ModelError: ONNX Runtime cannot load the file.
     """
-    plan = ProfilePlan(Path(path).stem, runtime_setting(threads), protocol)
+    plan = ProfilePlan("finished file", runtime_setting(threads), protocol)
     _add_file(plan, Path(path), dtype)
     return plan
 

@@ -23,6 +23,7 @@ from ..costs.latency import timed_layers
 from ..errors import TableError
 from ..groups import remove_channels
 from ..network import NetworkTrace
+from ..table_checks import table_name
 from ..tables import Alignment, OpKey, Setting
 from ..whole_files import writing_whole
 from . import device
@@ -109,7 +110,15 @@ class ProfilePlan:
     _ids: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
-        """Every plan begins with its sentinel and the cost of a call."""
+        """Every plan begins with its sentinel and the cost of a call.
+
+        Raises:
+            TableError: a name that no table can have.
+        """
+        try:
+            table_name(self.name, "it")
+        except ValueError as error:
+            raise TableError(f"expected a name that a table can have, got {self.name!r:.40}: {error}") from None
         if self.setting.runtime == "trtexec" and isinstance(self.graphs, OnnxGraphs):
             self.graphs = OnnxGraphs(dense=True, edges=False)
         if not self.jobs:
