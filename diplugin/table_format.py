@@ -105,8 +105,17 @@ def load_table(source: str | Path) -> LatencyTable:
 
 
 def save_table(table: LatencyTable, path: Path) -> Path:
-    """Write a table so that a reader sees the old file or the whole new one."""
-    write_text(path, dumps_table(table))
+    """Write a table so that a reader sees the old file or the whole new one.
+
+    Raises:
+        TableError: it holds something that `load_table` would refuse, such as a name of two lines.
+    """
+    text = dumps_table(table)
+    try:
+        table_from_document(strict_json(text.encode()))
+    except ValueError as error:
+        raise TableError(f"expected a table that can be read again, but {error}") from None
+    write_text(path, text)
     return path
 
 

@@ -257,7 +257,11 @@ class LatencyTable:
         return load_table(source)
 
     def save(self, path: str | Path) -> Path:
-        """Write the table atomically; returns the path. The file holds its own content hash."""
+        """Write the table atomically; returns the path. The file holds its own content hash.
+
+        Raises:
+            TableError: `load` would refuse it, for a name of more than 80 characters, say.
+        """
         from .table_format import save_table
 
         return save_table(self, Path(path))

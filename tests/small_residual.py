@@ -9,8 +9,6 @@ from diplugin_torch_pruning import DIImportance
 from torch import Tensor, nn
 
 SIDE = 8
-
-
 X = torch.randn(1, 3, SIDE, SIDE)
 
 

@@ -125,6 +125,14 @@ def test_output_size(key: OpKey, size: tuple[int, ...]) -> None:
     assert key.output_size == size
 
 
+@pytest.mark.parametrize("changes", [{"name": "n" * 81}, {"name": "two\nlines"}, {"device": "d" * 161}])
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path: Path, changes: dict[str, Any]) -> None:
+    before = table(8).save(tmp_path / "t.json").read_bytes()
+    with pytest.raises(TableError, match="can be read again") as error:
+        table(8, **changes).save(tmp_path / "t.json")
+    assert "\n" not in str(error.value) and (tmp_path / "t.json").read_bytes() == before
+
+
 def test_a_saved_table_loads_equal(tmp_path: Path) -> None:
     one = table(8, 16)
     path = one.save(tmp_path / "deep" / "t.json")
