@@ -12,10 +12,9 @@ out to so many processes, `--together` trains so many networks at once on one GP
 a folder, and with `--cut` nothing is trained: prune where there is time, train where there is a GPU.
 `--teacher .7` lets the unpruned network teach every contender, as `Distillation` does in the product by default.
 
-`L2, uniform, reconstructed` gives the structure of uniform widths and largest filter norms the refit that `compress`
-gives its own; `DI, uniform, reconstructed` the same widths and the channels that `compress` ranks first. They tell what
-of our lead is widths, what ranks and what repair. `DI without norms` ranks channels by loss and energy alone, as DI did
-by default before it heard the filters' norms. Measured cuts take many minutes to choose before they train.
+Contenders are torch-pruning's criteria, DI beside them and `compress`, all as users get them. `--only` may name the
+variants of `fine_tune_variants.py` too, which take our lead apart; those with measured cuts take many minutes to choose
+before they train.
 
 Judged on test images. For choosing settings `--judge unfamiliar` reads training images held out of the fine-tuning and
 disguised, `--judge holdout` the same as they are, which the networks knew by heart before they were pruned: it favours
@@ -38,16 +37,14 @@ from typing import Any
 
 import torch
 from cuts import Cuts
+from fine_tune_variants import variants
 from protocol import Data, Notebook, Row, arguments, at_least, case_of, chosen, network, print_targets, prune
 from torch import nn
 from training import Recipe, Training, train_together
-from uniform_widths import Uniform, di_losses, norms
 
 from diplugin.accuracy import accuracy
 from diplugin.compare import count_macs
-from diplugin.contenders import Compress, Contender, default_contenders, drop_in
-from diplugin.ranking import ByBoth
-from diplugin.strategies import MeasuredCuts, OneShot
+from diplugin.contenders import Contender, default_contenders
 
 CALIBRATION = 1_500
 SHORT = {"net": "resnet20", "fractions": (0.5, 0.3), "recipe": Recipe()}
@@ -166,19 +163,6 @@ class Bench:
                      if same.items() <= other.items()), None)  # fmt: skip
 
 
-def contenders() -> list[Contender]:
-    """Everybody: torch-pruning's criteria, ours, and what sets widths, ranks and repair apart."""
-    before = OneShot(ranking=ByBoth())
-    return [
-        *default_contenders(compress=False), Uniform("L2, uniform, reconstructed", norms),
-        Uniform("DI, uniform, reconstructed", di_losses), Compress(),
-        Compress("DI, measured cuts", measured=MeasuredCuts(), tell=print),
-        *(drop_in(f"DI without norms, {scope}", scope == "global", ranking=ByBoth()) for scope in ("local", "global")),
-        Compress("DI without norms, compress", before),
-        Compress("DI without norms, measured cuts", before, measured=MeasuredCuts(), tell=print),
-    ]  # fmt: skip
-
-
 def fingerprint(model: nn.Module) -> str:
     """Of every weight and buffer: two contenders that keep the same channels need one training."""
     return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in model.state_dict().values())).hexdigest()[:16]
@@ -206,16 +190,21 @@ def medians(rows: Sequence[Row], setting: Setting, target: float) -> dict[str, f
 
 
 def targets_of(rows: Sequence[Row], setting: Setting) -> list[Row]:
+    """Of what users get; variants count for nothing here."""
+    names = {contender.name for contender in default_contenders()}
     targets = []
     for fraction in setting.fractions:
-        table = medians(rows, setting, fraction)
+        table = {name: v for name, v in medians(rows, setting, fraction).items() if name in names}
         ours = [v for n, v in table.items() if n.startswith("DI")]
         others = [v for n, v in table.items() if not n.startswith("DI")]
         lead = max(ours) - max(others) if ours and others else None
-        targets.append(at_least(f"{setting.net}, {fraction:.0%} MACs, points ahead of every other", LEAD, lead))
+        order = table["DI, local"] - table["L2, local"] if {"DI, local", "L2, local"} <= table.keys() else None
+        at = f"{setting.net}, {fraction:.0%} MACs"
+        targets += [at_least(f"{at}, points ahead of every other", LEAD, lead),
+                    at_least(f"{at}, uniform widths, points ahead of L2", 0.0, order)]  # fmt: skip
         if setting.net == "resnet56":
             bound = 94.2 if fraction > 0.45 else 93.8
-            targets.append(at_least(f"{setting.net}, {fraction:.0%} MACs, top-1", bound, max(ours, default=None)))
+            targets.append(at_least(f"{at}, top-1", bound, max(ours, default=None)))
     return targets
 
 
@@ -256,7 +245,7 @@ def parsed() -> argparse.Namespace:
         parser.error(f"expected --teacher in [0, 1], got {args.teacher_weight}")
     if args.quick:
         args.seeds, args.fractions, args.epochs, args.images = "0", "0.5", 1, 3_000
-        args.only = args.only or "L2;compress"
+        args.only = args.only or "L2, local;DI, compress"
     return args
 
 
@@ -280,7 +269,8 @@ def main() -> None:
     read = {"test": data.judge, "holdout": data.holdout, "unfamiliar": data.unfamiliar}[args.judge]
     judged = read(1_000) if args.quick else read()
     book = Notebook(args.json, (*setting.key, "contender", "target", "seed"))
-    wanted = list(chosen(contenders(), args.only))
+    everybody = default_contenders()
+    wanted = list(chosen([*everybody, *variants()], args.only)) if args.only else everybody
     if args.workers > 1 and args.worker is None:
         share_out(args.workers)
         book = Notebook(args.json, book.keys)
