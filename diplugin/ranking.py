@@ -57,10 +57,11 @@ class ByAll:
 
     def __call__(self, losses: Tensor, energies: Tensor | None, norms: Tensor | None = None) -> Tensor:
         values = self.both(losses, energies)
-        return values if norms is None else _ranks(values) + _ranks(norms.to(values.device))
+        return values if norms is None else ranks(values) + ranks(norms.to(values.device))
 
 
-def _ranks(values: Tensor) -> Tensor:
+def ranks(values: Tensor) -> Tensor:
+    """Place of every value among all, 0 for the smallest, as float64 [C]; equals keep their order."""
     return values.argsort(stable=True).argsort(stable=True).double()
 
 
