@@ -14,36 +14,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up_searches import best_loss, chain, group, loss_of, problems, search, trace_of
 from torch import Tensor
 
 from diplugin.costs import Budget, SeparableCost, Term, Widths
 from diplugin.errors import BudgetError, InfeasibleBudget, ModelError
-from diplugin.groups import ChannelGroup, GroupMember
-from diplugin.network import NetworkTrace, TensorSpec
+from diplugin.network import NetworkTrace
 from diplugin.plan import PruningPlan
 from diplugin.search import FixedScores, LossCurve, SearchLimits, first_order_curve, greedy_search
-
-ANY_WIDTH = SearchLimits(floor=0.0)
-
-
-def group(name: str, channels: int, blocks: int = 1, note: str = "") -> ChannelGroup:
-    own = tuple(range(channels))
-    members = (GroupMember(name, "out", own, own), GroupMember(f"{name}.reader", "in", own, own))
-    return ChannelGroup(name, channels, members, blocks, note)
-
-
-def trace_of(*groups: ChannelGroup) -> NetworkTrace:
-    return NetworkTrace(groups, (), (TensorSpec((1, 3, 8, 8)),))
-
-
-def chain(trace: NetworkTrace, name: str = "macs", weight: float = 1.0) -> SeparableCost:
-    """Cost of a chain of layers between neighbouring groups: products of two widths, as MACs are."""
-    names = [g.name for g in trace.prunable]
-    terms = [Term((names[0],), lambda w: 3 * weight * w[names[0]])]
-    for one, two in itertools.pairwise(names):
-        terms.append(Term((one, two), lambda w, one=one, two=two: weight * w[one] * w[two]))
-    terms.append(Term((names[-1],), lambda w: 4 * weight * w[names[-1]]))
-    return SeparableCost(name, "", trace.base_widths, terms)
 
 
 def staircase(trace: NetworkTrace, step: int, bump: float) -> SeparableCost:
@@ -75,51 +53,6 @@ class Peak:
         return self.cost({**widths, group: width}) - self.cost(widths)
 
 
-def loss_of(trace: NetworkTrace, scores: Mapping[str, Tensor], widths: Widths) -> float:
-    """Least information lost at these widths: the cheapest units leave."""
-    total = 0.0
-    for g in trace.prunable:
-        units = scores[g.name].view(g.blocks, g.units).sum(0).sort().values
-        total += float(units[: g.units - widths[g.name] // g.blocks].sum())
-    return total
-
-
-def best_loss(
-    trace: NetworkTrace,
-    scores: Mapping[str, Tensor],
-    limits: Sequence[tuple[SeparableCost | Peak, float]],
-    floor: int = 1,
-) -> float:
-    """Least loss of all structures within every limit, by trying all of them; inf if there is none."""
-    choices = [[u * g.blocks for u in range(1, g.units + 1) if u * g.blocks >= floor] for g in trace.prunable]
-    best = math.inf
-    for combination in itertools.product(*choices):
-        widths = dict(zip((g.name for g in trace.prunable), combination, strict=True))
-        if all(cost.cost(widths) <= limit * (1 + 1e-12) for cost, limit in limits):
-            best = min(best, loss_of(trace, scores, widths))
-    return best
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[NetworkTrace, dict[str, Tensor]]:
-    sizes = draw(st.lists(st.sampled_from([(2, 1), (5, 1), (8, 1), (8, 2), (6, 3)]), min_size=1, max_size=3))
-    groups = [group(f"g{i}", channels, blocks) for i, (channels, blocks) in enumerate(sizes)]
-    seed = draw(st.integers(0, 2**16))
-    generator = torch.Generator().manual_seed(seed)
-    scores = {g.name: torch.rand(g.channels, generator=generator, dtype=torch.float64) ** 2 for g in groups}
-    return trace_of(*groups), scores
-
-
-def search(
-    trace: NetworkTrace,
-    scores: Mapping[str, Tensor],
-    costs: Sequence[SeparableCost | Peak],
-    budgets: Sequence[Budget],
-    limits: SearchLimits = ANY_WIDTH,
-) -> PruningPlan:
-    return greedy_search(trace, FixedScores(trace.prunable, scores), costs, budgets, limits)
-
-
 def assert_nothing_more_fits(
     plan: PruningPlan, trace: NetworkTrace, limits: Sequence[tuple[SeparableCost, float]]
 ) -> None:
@@ -131,12 +64,12 @@ def assert_nothing_more_fits(
 
 
 @settings(max_examples=60)
-@given(problem=problems(), fraction=st.floats(0.05, 1.0))
+@given(problem=problems, fraction=st.floats(0.05, 1.0))
 def test_one_budget_against_brute_force(problem: tuple[NetworkTrace, dict[str, Tensor]], fraction: float) -> None:
     trace, scores = problem
     cost = chain(trace)
     limit = fraction * cost.base
-    optimum = best_loss(trace, scores, [(cost, limit)])
+    optimum = best_loss(trace, scores, [(cost, limit)], slack=1e-12)
     try:
         plan = search(trace, scores, [cost], [Budget("macs", fraction=fraction)])
     except InfeasibleBudget:
@@ -153,7 +86,7 @@ def test_one_budget_against_brute_force(problem: tuple[NetworkTrace, dict[str, T
 
 
 @settings(max_examples=40)
-@given(problem=problems(), fractions=st.tuples(st.floats(0.2, 1.0), st.floats(0.2, 1.0)), step=st.integers(2, 4))
+@given(problem=problems, fractions=st.tuples(st.floats(0.2, 1.0), st.floats(0.2, 1.0)), step=st.integers(2, 4))
 def test_several_budgets_hold_at_once(
     problem: tuple[NetworkTrace, dict[str, Tensor]], fractions: tuple[float, float], step: int
 ) -> None:
@@ -164,14 +97,14 @@ def test_several_budgets_hold_at_once(
     try:
         plan = search(trace, scores, costs, budgets)
     except InfeasibleBudget:
-        assert best_loss(trace, scores, limits) == math.inf
+        assert best_loss(trace, scores, limits, slack=1e-12) == math.inf
         return
     assert all(cost.cost(plan.widths) <= limit * (1 + 1e-12) for cost, limit in limits)
     assert_nothing_more_fits(plan, trace, limits)
 
 
 @settings(max_examples=60)
-@given(problem=problems(), fraction=st.floats(0.2, 1.0), step=st.integers(2, 5), bump=st.floats(0.0, 3.0))
+@given(problem=problems, fraction=st.floats(0.2, 1.0), step=st.integers(2, 5), bump=st.floats(0.0, 3.0))
 def test_staircases_and_bumps_are_crossed(
     problem: tuple[NetworkTrace, dict[str, Tensor]], fraction: float, step: int, bump: float
 ) -> None:
@@ -179,7 +112,7 @@ def test_staircases_and_bumps_are_crossed(
     trace, scores = problem
     cost = staircase(trace, step, bump)
     limit = fraction * cost.base
-    optimum = best_loss(trace, scores, [(cost, limit)])
+    optimum = best_loss(trace, scores, [(cost, limit)], slack=1e-12)
     try:
         plan = search(trace, scores, [cost], [Budget("latency_ms", fraction=fraction)])
     except InfeasibleBudget:
@@ -192,7 +125,7 @@ def test_staircases_and_bumps_are_crossed(
 
 
 @settings(max_examples=40)
-@given(problem=problems(), fraction=st.floats(0.1, 1.0))
+@given(problem=problems, fraction=st.floats(0.1, 1.0))
 def test_a_maximum_with_ties_is_brought_down(problem: tuple[NetworkTrace, dict[str, Tensor]], fraction: float) -> None:
     """Two layers of equal memory: narrowing one group alone frees nothing, yet the budget can be met."""
     trace, scores = problem
@@ -203,7 +136,7 @@ def test_a_maximum_with_ties_is_brought_down(problem: tuple[NetworkTrace, dict[s
     try:
         plan = search(trace, scores, [cost], [Budget("memory_mb", fraction=fraction)])
     except InfeasibleBudget:
-        assert best_loss(trace, scores, [(cost, limit)]) == math.inf
+        assert best_loss(trace, scores, [(cost, limit)], slack=1e-12) == math.inf
         return
     assert cost.cost(plan.widths) <= limit
 
@@ -242,70 +175,6 @@ def test_a_budget_that_holds_already_removes_nothing() -> None:
     assert plan.kept == {"a": (0, 1, 2, 3)}
 
 
-def test_blocks_leave_as_whole_units() -> None:
-    trace = trace_of(group("a", 12, blocks=3))
-    scores = {"a": torch.arange(12, dtype=torch.float64)}
-    plan = search(trace, scores, [chain(trace)], [Budget("macs", fraction=0.5)])
-    assert plan.kept == {"a": (2, 3, 6, 7, 10, 11)}
-
-
-def test_floor_and_alignment() -> None:
-    trace = trace_of(group("a", 32), group("b", 32), group("odd", 6))
-    generator = torch.Generator().manual_seed(0)
-    scores = {g.name: torch.rand(g.channels, generator=generator).double() for g in trace.prunable}
-    limits = SearchLimits(floor=0.25, align=8)
-    plan = search(trace, scores, [chain(trace)], [Budget("macs", fraction=0.3)], limits)
-    assert all(plan.widths[n] % 8 == 0 and plan.widths[n] >= 8 for n in ("a", "b"))
-    assert plan.widths["odd"] == 6, "no multiple of 8 fits below, so it stays whole"
-
-
-def test_alignment_keeps_blocks_whole() -> None:
-    trace = trace_of(group("a", 24, blocks=3))
-    scores = {"a": torch.rand(24).double()}
-    plan = search(trace, scores, [chain(trace)], [Budget("macs", fraction=0.7)], SearchLimits(floor=0.0, align=4))
-    assert plan.widths["a"] == 12
-
-
-def test_floor_of_one_leaves_everything() -> None:
-    trace = trace_of(group("a", 8))
-    with pytest.raises(InfeasibleBudget):
-        search(
-            trace,
-            {"a": torch.ones(8).double()},
-            [chain(trace)],
-            [Budget("macs", fraction=0.9)],
-            SearchLimits(floor=1.0),
-        )
-
-
-class OnGrid(SeparableCost):
-    """A cost that was profiled at some widths only."""
-
-    grid: Mapping[str, tuple[int, ...]]
-
-    def allowed_widths(self, name: str) -> tuple[int, ...] | None:
-        return self.grid.get(name)
-
-
-def test_a_cost_model_names_the_widths_it_knows() -> None:
-    trace = trace_of(group("a", 16), group("b", 16))
-    scores = {n: torch.rand(16).double() for n in ("a", "b")}
-    cost = OnGrid("macs", "", trace.base_widths, [Term((n,), lambda w, n=n: float(w[n])) for n in ("a", "b")])
-    cost.grid = {"a": (5, 11, 16)}
-    for fraction in (0.9, 0.7, 0.5, 0.3):
-        plan = search(trace, scores, [cost], [Budget("macs", fraction=fraction)])
-        assert plan.widths["a"] in (5, 11, 16)
-        assert plan.costs["macs"].predicted <= fraction * 32
-
-
-def test_wide_groups_are_searched_in_steps() -> None:
-    """2,048 channels: still one at a time near the end, never above budget."""
-    trace = trace_of(group("a", 2048), group("b", 1000))
-    scores = {g.name: torch.rand(g.channels).double() for g in trace.prunable}
-    plan = search(trace, scores, [chain(trace)], [Budget("macs", fraction=0.37)], SearchLimits())
-    assert 0.35 < plan.costs["macs"].fraction <= 0.37
-
-
 def test_infeasible_names_the_cheapest_structure() -> None:
     trace = trace_of(group("a", 8), group("b", 8))
     scores = {n: torch.ones(8).double() for n in ("a", "b")}
@@ -338,12 +207,6 @@ def test_nothing_to_prune_says_why() -> None:
         greedy_search(noted, FixedScores((), {}), [chain(trace_of(group("a", 8)))], [Budget("macs", fraction=0.5)])
     with pytest.raises(ModelError, match="no convolution or linear layer"):
         greedy_search(trace_of(), FixedScores((), {}), [], [Budget("macs", fraction=0.5)])
-
-
-@pytest.mark.parametrize("bad", [{"floor": -0.1}, {"floor": 1.1}, {"align": 0}, {"rescore_every": 2.0}])
-def test_limits_that_mean_nothing(bad: dict[str, float]) -> None:
-    with pytest.raises(BudgetError):
-        SearchLimits(**bad)  # type: ignore[arg-type]
 
 
 def test_noted_groups_are_in_no_plan() -> None:

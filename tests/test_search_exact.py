@@ -12,49 +12,20 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from made_up_searches import ANY_WIDTH, best_loss, chain, loss_of, made_up, problems
 from torch import Tensor, nn
 
 from diplugin.costs import Budget, CostModel, LatencyCost, PeakActivationMemory, SeparableCost, Term, macs, params
 from diplugin.costs.latency import timed_layers
 from diplugin.errors import BudgetError, InfeasibleBudget, ModelError
-from diplugin.groups import ChannelGroup, GroupMember
 from diplugin.latency.grid import layer_keys
-from diplugin.network import NetworkTrace, TensorSpec, trace_network
+from diplugin.network import NetworkTrace, trace_network
 from diplugin.plan import PruningPlan
 from diplugin.search import ExactSearch, FixedScores, GreedySearch, SearchLimits
 from diplugin.search.exact import around
 from diplugin.tables import Alignment, Calibration, Entry, LatencyTable, OpKey, Setting
 
-ANY_WIDTH = SearchLimits(floor=0.0)
 EXACT = ExactSearch(seconds=20.0, gap=1e-9)
-
-
-def group(name: str, channels: int, blocks: int = 1) -> ChannelGroup:
-    own = tuple(range(channels))
-    return ChannelGroup(name, channels, (GroupMember(name, "out", own, own),), blocks, "")
-
-
-def made_up(sizes: Sequence[tuple[int, int]], seed: int) -> tuple[NetworkTrace, dict[str, Tensor]]:
-    groups = tuple(group(f"g{i}", channels, blocks) for i, (channels, blocks) in enumerate(sizes))
-    generator = torch.Generator().manual_seed(seed)
-    scores = {g.name: torch.rand(g.channels, generator=generator, dtype=torch.float64) ** 2 for g in groups}
-    return NetworkTrace(groups, (), (TensorSpec((1, 3, 8, 8)),)), scores
-
-
-problems = st.builds(
-    made_up, st.lists(st.sampled_from([(2, 1), (5, 1), (8, 1), (8, 2), (6, 3)]), min_size=1, max_size=3),
-    st.integers(0, 2**16),
-)  # fmt: skip
-
-
-def products(trace: NetworkTrace, name: str = "macs", weights: Sequence[float] = (3.0, 1.0, 4.0)) -> SeparableCost:
-    """MACs of a chain: products of neighbouring widths."""
-    names = [g.name for g in trace.prunable]
-    terms = [Term((names[0],), lambda w: weights[0] * w[names[0]])]
-    for a, b in itertools.pairwise(names):
-        terms.append(Term((a, b), lambda w, a=a, b=b: weights[1] * w[a] * w[b]))
-    terms.append(Term((names[-1],), lambda w: weights[2] * w[names[-1]]))
-    return SeparableCost(name, "", trace.base_widths, terms)
 
 
 def stairs(trace: NetworkTrace, step: int, bump: float) -> SeparableCost:
@@ -74,28 +45,6 @@ def joined(trace: NetworkTrace) -> SeparableCost:
     names = tuple(g.name for g in trace.prunable)
     terms = [Term(names, lambda w: float((5 + sum(w[n] for n in names)) * w[names[0]]))]
     return SeparableCost("macs", "", trace.base_widths, terms)
-
-
-def loss_of(trace: NetworkTrace, scores: Mapping[str, Tensor], widths: Mapping[str, int]) -> float:
-    total = 0.0
-    for g in trace.prunable:
-        units = scores[g.name].view(g.blocks, g.units).sum(0).sort().values
-        total += float(units[: g.units - widths[g.name] // g.blocks].sum())
-    return total
-
-
-def best_loss(
-    trace: NetworkTrace, scores: Mapping[str, Tensor], limits: Sequence[tuple[CostModel, float]],
-    grid: Mapping[str, Sequence[int]] | None = None,
-) -> float:  # fmt: skip
-    """Least loss of all structures within every limit; inf if there is none."""
-    grid = grid or {g.name: range(g.blocks, g.channels + 1, g.blocks) for g in trace.prunable}
-    best = math.inf
-    for combination in itertools.product(*grid.values()):
-        widths = dict(zip(grid, combination, strict=True))
-        if all(cost.cost(widths) <= limit for cost, limit in limits):
-            best = min(best, loss_of(trace, scores, widths))
-    return best
 
 
 def check(
@@ -122,7 +71,7 @@ def check(
 @example(problem=made_up([(2, 1)], 0), fraction=1.0 - 2**-53)  # a limit that only rounding puts below the cost
 def test_one_budget(problem: tuple[NetworkTrace, dict[str, Tensor]], fraction: float) -> None:
     trace, scores = problem
-    check(trace, scores, [products(trace)], [fraction])
+    check(trace, scores, [chain(trace)], [fraction])
 
 
 @settings(max_examples=30, deadline=None)
@@ -131,7 +80,7 @@ def test_two_budgets_at_once(
     problem: tuple[NetworkTrace, dict[str, Tensor]], fractions: tuple[float, float], step: int
 ) -> None:
     trace, scores = problem
-    check(trace, scores, [products(trace), stairs(trace, step, 0.0)], fractions)
+    check(trace, scores, [chain(trace), stairs(trace, step, 0.0)], fractions)
 
 
 @settings(max_examples=30, deadline=None)
@@ -250,7 +199,7 @@ def test_never_worse_than_greedy(
 ) -> None:
     """On larger problems, with widths thinned until the program is small."""
     trace, scores = made_up(sizes, seed)
-    costs = [products(trace), stairs(trace, 4, 0.5)]
+    costs = [chain(trace), stairs(trace, 4, 0.5)]
     budgets = [Budget(cost.name, fraction=f) for cost, f in zip(costs, fractions, strict=True)]
     scorer = FixedScores(trace.prunable, scores)
     try:
@@ -297,7 +246,7 @@ def test_a_cost_without_sums_leaves_greedys_plan() -> None:
 
 def test_infeasible_budgets_and_networks_without_groups() -> None:
     trace, scores = made_up([(8, 1), (8, 1)], 0)
-    scorer, cost = FixedScores(trace.prunable, scores), products(trace)
+    scorer, cost = FixedScores(trace.prunable, scores), chain(trace)
     with pytest.raises(InfeasibleBudget, match="relax"):
         EXACT(trace, scorer, [cost], [Budget("macs", limit=5.0)], SearchLimits(floor=0.5))
     with pytest.raises(BudgetError, match="got none"):
@@ -309,7 +258,7 @@ def test_infeasible_budgets_and_networks_without_groups() -> None:
 
 def test_no_time_at_all_leaves_greedys_plan() -> None:
     trace, scores = made_up([(64, 1)] * 6, 0)
-    scorer, cost = FixedScores(trace.prunable, scores), products(trace)
+    scorer, cost = FixedScores(trace.prunable, scores), chain(trace)
     budget = [Budget("macs", fraction=0.4)]
     plan = ExactSearch(seconds=1e-6)(trace, scorer, [cost], budget)
     assert plan.widths == GreedySearch()(trace, scorer, [cost], budget).widths and "greedy" in plan.found_by
@@ -318,7 +267,7 @@ def test_no_time_at_all_leaves_greedys_plan() -> None:
 def test_it_goes_on_from_an_earlier_plan() -> None:
     """What an earlier plan removed stays gone, and of what is left the best is kept."""
     trace, scores = made_up([(8, 1), (8, 1), (6, 3)], 3)
-    scorer, cost = FixedScores(trace.prunable, scores), products(trace)
+    scorer, cost = FixedScores(trace.prunable, scores), chain(trace)
     first = EXACT(trace, scorer, [cost], [Budget("macs", fraction=0.7)], ANY_WIDTH)
     second = EXACT(trace, scorer, [cost], [Budget("macs", fraction=0.4)], ANY_WIDTH, start=first)
     grid = {g.name: range(g.blocks, first.widths[g.name] + 1, g.blocks) for g in trace.prunable}
@@ -333,7 +282,7 @@ def test_it_goes_on_from_an_earlier_plan() -> None:
 @pytest.mark.parametrize("order", [1, -1])
 def test_two_budgets_on_one_cost(order: int) -> None:
     trace, scores = made_up([(8, 1), (8, 1)], 5)
-    cost = products(trace)
+    cost = chain(trace)
     budgets = [Budget("macs", fraction=0.4), Budget("macs", fraction=0.9)][::order]
     plan = EXACT(trace, FixedScores(trace.prunable, scores), [cost], budgets, ANY_WIDTH)
     assert plan.costs["macs"].fraction <= 0.4
@@ -342,7 +291,7 @@ def test_two_budgets_on_one_cost(order: int) -> None:
 
 def test_a_budget_that_holds_already() -> None:
     trace, scores = made_up([(4, 1)], 0)
-    plan = EXACT(trace, FixedScores(trace.prunable, scores), [products(trace)], [Budget("macs", fraction=1.0)])
+    plan = EXACT(trace, FixedScores(trace.prunable, scores), [chain(trace)], [Budget("macs", fraction=1.0)])
     assert plan.widths == {"g0": 4} and plan.found_by == "exact search: nothing is lost"
 
 
@@ -350,7 +299,7 @@ def test_its_words_travel_with_the_plan() -> None:
     trace, scores = made_up([(8, 1), (8, 1)], 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plan = EXACT(trace, FixedScores(trace.prunable, scores), [products(trace)], [Budget("macs", fraction=0.5)])
+        plan = EXACT(trace, FixedScores(trace.prunable, scores), [chain(trace)], [Budget("macs", fraction=0.5)])
     assert "proven" in plan.found_by
     assert PruningPlan.from_json(plan.to_json()) == plan
 
