@@ -64,7 +64,7 @@ def test_one_layer_and_unusable_arguments(model: str, tmp_path: Path, capsys: py
         with pytest.raises(kind):
             args.run(args)
     args = arguments(model, "--plot", str(tmp_path / "v.txt"))
-    with pytest.raises(UserError, match="png"):
+    with pytest.raises(UserError, match="PNG"):
         args.run(args)
     args = arguments(model, "--json", str(tmp_path / "missing" / "v.json"))
     with pytest.raises(UserError, match="missing"):

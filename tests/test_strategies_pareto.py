@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diplugin.errors import DataError
+from diplugin.errors import DataError, UserError
 from diplugin.strategies.pareto import Outcome, best_outcome, pareto_front, pareto_picture
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
@@ -50,7 +50,7 @@ def test_a_picture_is_drawn(tmp_path: Path, ending: str, magic: bytes) -> None:
 
 
 def test_what_cannot_be_drawn_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="a PNG or SVG file that can be written"):
+    with pytest.raises(UserError, match="in a folder that exists"):
         pareto_picture(outcomes([(9, 5)]), tmp_path / "missing" / "p.png", "ms")
     with pytest.raises(DataError, match="outcomes to draw"):
         pareto_picture([], tmp_path / "p.png", "ms")

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import TableError, first_line
+from ..errors import TableError
+from ..plots import new_figure, save_figure
 from ..tables import LatencyTable, OpKey
-from ..whole_files import writing_whole
-
-PICTURES = (".png", ".svg", ".pdf")
 
 
 def staircases(table: LatencyTable) -> list[tuple[OpKey, list[OpKey]]]:
@@ -37,17 +35,11 @@ def plot_staircase(table: LatencyTable, path: str | Path, words: Sequence[str] =
     """Draw one family of operators into a PNG, SVG or PDF file, as its name says; returns its path.
 
     Raises:
-        TableError: no operator matches, the name is of no such file, or it cannot be written.
+        TableError: no operator matches.
+        UserError: the name is of no such file, or it cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() not in PICTURES or not path.parent.is_dir():
-        raise TableError(f"expected a PNG, SVG or PDF file by its name, in a folder that exists, got {str(path)!r}")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     keys = choose(table, words)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4.2)
     axes = figure.add_subplot()
     lines: dict[int, list[OpKey]] = {}
     for key in keys:
@@ -67,9 +59,4 @@ def plot_staircase(table: LatencyTable, path: str | Path, words: Sequence[str] =
                    f"{table.setting.text}", fontsize=9)  # fmt: skip
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    try:
-        with writing_whole(path) as partial:
-            figure.savefig(partial, dpi=150, format=path.suffix.lower()[1:])
-    except OSError as error:
-        raise TableError(f"expected a file that can be written at {path}, got {first_line(error)}") from None
-    return path
+    return save_figure(figure, path)

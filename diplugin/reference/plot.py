@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..plots import check_plot_file, new_figure, save_figure
 from .study import FRACTIONS, LayerValidation, mean_accuracies
 
-PICTURES = (".png", ".svg", ".pdf")
 _STYLES = {
     "DI": ("#c0392b", "-", 2.2),
     "DI, eliminated": ("#e67e22", "-", 1.6),
@@ -27,24 +27,23 @@ def check_outputs(json_file: Path | None, plot_file: Path | None) -> None:
     """Refuse files that could not be written, before any work is done.
 
     Raises:
-        UserError: no such folder, or a picture of an unknown kind.
+        UserError: no such folder, or a plot of an unknown kind.
     """
-    for file in (json_file, plot_file):
-        if file is not None and not file.parent.is_dir():
-            raise UserError(f"expected {file} in a folder that exists, {file.parent} does not: make it first")
-    if plot_file is not None and plot_file.suffix.lower() not in PICTURES:
-        raise UserError(f"expected a picture's name to end in {', '.join(PICTURES)}, got {plot_file.name!r}")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise UserError(f"expected {json_file} in a folder that exists, {json_file.parent} does not: make it first")
+    if plot_file is not None:
+        check_plot_file(plot_file)
 
 
 def plot_validation(layers: Sequence[LayerValidation], path: Path) -> None:
-    """Write the picture to `path` (PNG, SVG or PDF by its suffix)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Write the picture to `path` (PNG, SVG or PDF by its suffix).
 
+    Raises:
+        UserError: the name is of no such file, or it cannot be written.
+    """
     beside = 1 if len(layers) <= 4 else 2
     rows = -(-len(layers) // beside)
-    figure: Any = Figure(figsize=(6.5 * beside + 1.5, 3.0 + 2.1 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.5 * beside + 1.5, 3.0 + 2.1 * rows)
     verdict, detail = figure.subfigures(2, 1, height_ratios=[3.0, 2.1 * rows])
     _draw_verdict(verdict.subplots(1, 2), layers)
     axes = detail.subplots(rows, 2 * beside, squeeze=False)
@@ -59,7 +58,7 @@ def plot_validation(layers: Sequence[LayerValidation], path: Path) -> None:
     for unused in range(len(layers), rows * beside):
         for column in (2 * (unused // rows), 2 * (unused // rows) + 1):
             axes[unused % rows][column].set_axis_off()
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def _draw_verdict(axes: Any, layers: Sequence[LayerValidation]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..plots import new_figure, save_figure
 
 
 @dataclass(frozen=True)
@@ -55,22 +56,19 @@ def best_outcome(outcomes: Sequence[Outcome], limit: float | None = None) -> Out
 
 
 def pareto_picture(outcomes: Sequence[Outcome], path: str | Path, cost: str, base: Outcome | None = None) -> Path:
-    """Draw accuracy over cost into a PNG or SVG file, the front as a line; returns its path.
+    """Draw accuracy over cost into a PNG, SVG or PDF file, the front as a line; returns its path.
 
     Args:
         cost: what the horizontal axis shows, with its unit.
         base: the unpruned network.
 
     Raises:
-        DataError: no outcomes, or a file that cannot be written.
+        DataError: no outcomes.
+        UserError: the name is of no such file, or it cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not outcomes:
         raise DataError("expected outcomes to draw, got none")
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4.2)
     axes = figure.add_subplot()
     axes.plot([o.cost for o in outcomes], [o.accuracy * 100 for o in outcomes], "o", color="0.6", label="tried")
     front = pareto_front(outcomes)
@@ -81,9 +79,4 @@ def pareto_picture(outcomes: Sequence[Outcome], path: str | Path, cost: str, bas
     axes.set_ylabel("accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    path = Path(path)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise DataError(f"expected a PNG or SVG file that can be written, got {str(path)!r}: {error}") from None
-    return path
+    return save_figure(figure, path)
