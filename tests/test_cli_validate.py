@@ -7,30 +7,15 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
+from small_net import own_module
 
 from diplugin.cli import validate
 from diplugin.errors import ModelError, UserError
 
 
-def small_net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(8, 10),
-    )  # fmt: skip
-
-
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module of the user's own, found from the working folder."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    body = source[source.index("def small_net") : source.index("@pytest.fixture")]
-    (tmp_path / "my_validated_net.py").write_text(f"import torch\nfrom torch import nn\n\n\n{body}")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    return "my_validated_net:small_net"
+    return own_module("my_validated_net", tmp_path, monkeypatch)
 
 
 def arguments(model: str, *more: str) -> argparse.Namespace:

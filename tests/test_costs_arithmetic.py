@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 import torch_pruning as tp
+from random_plans import random_plan
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diplugin.costs import Budget, CostModel, PeakActivationMemory, SeparableCost, layer_macs, macs, params
-from diplugin.network import NetworkTrace, trace_network
+from diplugin.network import trace_network
 from diplugin.plan import PruningPlan
 from diplugin.search import FixedScores, greedy_search
 from diplugin.surgery import apply_plan
@@ -28,15 +29,6 @@ from diplugin.surgery import apply_plan
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
 KINDS = ["plain", "residual", "option_a", "vgg", "depthwise", "dense", "grouped", "transposed", "multi_output",
          "tokens", "twice"]  # fmt: skip
-
-
-def random_plan(trace: NetworkTrace, draw: random.Random) -> PruningPlan:
-    """Every prunable group keeps a random number of random units."""
-    kept = {}
-    for group in trace.prunable:
-        units = draw.sample(range(group.units), draw.randint(1, group.units))
-        kept[group.name] = tuple(sorted(u + b * group.units for u in units for b in range(group.blocks)))
-    return PruningPlan(kept, trace.base_widths, {}, trace.inputs)
 
 
 def torch_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> float:

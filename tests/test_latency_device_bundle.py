@@ -9,21 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_profiles import small_plan
 
 from diplugin.latency import device
-from diplugin.latency.plan import ProfilePlan, add_entries
-from diplugin.tables import OpKey, Setting
-
-
-def small_plan() -> ProfilePlan:
-    plan = ProfilePlan("small", Setting("onnxruntime", "1.0", "CPUExecutionProvider", "all", 1))
-    keys = [OpKey("conv", 8, 4 * i + 4, (1, 1), (1, 1), (0, 0), (1, 1), 1, (2, 2)) for i in range(2)]
-    add_entries(plan, keys)
-    return plan
 
 
 def test_a_bundle_that_is_none(tmp_path: Path) -> None:
-    plan = small_plan()
+    plan = small_plan(2)
     good = plan.save(tmp_path / "good.pyz")
     document = plan.plan
     cases = {"text": b"hello", "empty": b"", "cut": good.read_bytes()[:-40]}
@@ -39,7 +31,7 @@ def test_a_bundle_that_is_none(tmp_path: Path) -> None:
 
 
 def test_a_damaged_graph_is_refused(tmp_path: Path) -> None:
-    plan = small_plan()
+    plan = small_plan(2)
     name = plan.jobs[0].blob
     plan.blobs[name] += b" "
     with pytest.raises(device.ProfileError, match="damaged"):
@@ -47,7 +39,7 @@ def test_a_damaged_graph_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_encrypted_bundle_is_one_line(tmp_path: Path) -> None:
-    bundle = small_plan().save(tmp_path / "b.pyz")
+    bundle = small_plan(2).save(tmp_path / "b.pyz")
     plain, data = device.Bundle(bundle), bytearray(bundle.read_bytes())
     for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         place = data.find(mark)
@@ -104,7 +96,7 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
 def test_a_plan_that_makes_no_sense_is_one_line_though_its_hash_is_right(
     change: Callable[[Any], Any], tmp_path: Path
 ) -> None:
-    bundle = rewritten(small_plan().save(tmp_path / "b.pyz"), change)
+    bundle = rewritten(small_plan(2).save(tmp_path / "b.pyz"), change)
     with pytest.raises(device.ProfileError, match="profile plan") as error:
         device.Bundle(bundle)
     assert "\n" not in str(error.value) and "\x1b" not in str(error.value)

@@ -8,25 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_profiles import FAST, small_plan
 
 from diplugin.latency import device
 from diplugin.latency.device import profiler
 from diplugin.latency.device.timer import Timer
 from diplugin.latency.finish import table_from_rows
-from diplugin.latency.plan import ProfilePlan, Protocol, add_entries
-from diplugin.tables import OpKey, Setting
-
-SETTING = Setting("onnxruntime", "1.0", "CPUExecutionProvider", "all", 1)
-FAST = Protocol(
-    rounds=2, runs=1, min_runs=1, round_ms=0.01, warmup_ms=0.0, chunk=3, patience=1, gap_ms=0.0, pause_s=0.0
-)
-
-
-def small_plan(entries: int = 10) -> ProfilePlan:
-    plan = ProfilePlan("small", SETTING, FAST)
-    keys = [OpKey("conv", 8, 4 * i + 4, (1, 1), (1, 1), (0, 0), (1, 1), 1, (2, 2)) for i in range(entries)]
-    add_entries(plan, keys)
-    return plan
+from diplugin.latency.plan import ProfilePlan
 
 
 class Idle:

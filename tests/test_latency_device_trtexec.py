@@ -7,17 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_profiles import FAST
 
 from diplugin.latency import device
 from diplugin.latency.device.trtexec import Trtexec, trtexec_times, trtexec_version
 from diplugin.latency.finish import table_from_rows
-from diplugin.latency.plan import ProfilePlan, Protocol, add_entries
+from diplugin.latency.plan import ProfilePlan, add_entries
 from diplugin.tables import OpKey, Setting
-
-FAST = Protocol(
-    rounds=2, runs=1, min_runs=1, round_ms=0.01, warmup_ms=0.0, chunk=3, patience=1, gap_ms=0.0, pause_s=0.0
-)
-
 
 RECORDED = """#!/bin/sh
 case "$*" in *--help*) echo "&&&& RUNNING TensorRT.trtexec [TensorRT v8502] # trtexec --help"; exit 0;; esac

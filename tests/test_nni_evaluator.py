@@ -7,44 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-nni = pytest.importorskip("nni")
+pytest.importorskip("nni")
 
-from diplugin_nni import DIPruner, torch_evaluator  # noqa: E402
-from diplugin_nni_evaluator import first_batch  # noqa: E402
+from diplugin_nni import DIPruner, torch_evaluator
+from diplugin_nni_evaluator import first_batch
+from nni_training import GOOD, assert_one_line, looping, step, traced
 
-from diplugin.errors import DipluginError, UserError  # noqa: E402
+from diplugin.errors import UserError
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
-GOOD = [{"op_names": ["0"], "sparse_ratio": 0.5}]
-
-
-def step(batch: Any, model: nn.Module) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
-def looping(loader: Any) -> Callable[..., None]:
-    def train(model: Any, optimizer: Any, step: Any, _lr: Any, max_steps: int, _epochs: Any) -> None:
-        for _, batch in zip(range(max_steps), loader, strict=False):
-            optimizer.zero_grad()
-            step(batch, model).backward()
-            optimizer.step()
-
-    return train
-
-
-def traced(model: nn.Module) -> Any:
-    return nni.trace(torch.optim.SGD)(model.parameters(), lr=0.01)
-
-
-def assert_one_line(error: BaseException) -> None:
-    assert isinstance(error, DipluginError)
-    assert str(error).strip()
-    assert "\n" not in str(error)
-
-
 X = torch.zeros(40, 3, 8, 8)
 
 

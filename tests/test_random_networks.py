@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from random_plans import masked, random_plan
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from diplugin.costs import PeakActivationMemory, macs, params
-from diplugin.network import NetworkTrace, trace_network
-from diplugin.plan import PruningPlan
+from diplugin.network import trace_network
 from diplugin.surgery import apply_plan
 
 INPUTS = (torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(0)),)
@@ -100,40 +100,16 @@ class Drawn(nn.Module):
                 return torch.cat([x, made[other]], 1)
 
 
-def drawn_plan(trace: NetworkTrace, draw: random.Random) -> PruningPlan:
-    kept = {}
-    for group in trace.prunable:
-        units = draw.sample(range(group.units), draw.randint(1, group.units))
-        kept[group.name] = tuple(sorted(u + b * group.units for u in units for b in range(group.blocks)))
-    return PruningPlan(kept, trace.base_widths, {}, trace.inputs)
-
-
-def masked(model: nn.Module, trace: NetworkTrace, plan: PruningPlan) -> nn.Module:
-    twin = copy.deepcopy(model)
-    for group in trace.prunable:
-        gone = set(plan.removed[group.name])
-        for member in group.side("in"):
-            channels = [c for c, r in zip(member.channels, member.roots, strict=True) if r in gone]
-
-            def mask(module: nn.Module, args: tuple[Tensor, ...], channels: list[int] = channels) -> tuple[Tensor, ...]:
-                x = args[0].clone()
-                x[(..., channels) if isinstance(module, nn.Linear) else (slice(None), channels)] = 0
-                return (x,)
-
-            twin.get_submodule(member.layer).register_forward_pre_hook(mask)
-    return twin
-
-
 @pytest.mark.parametrize("seed", range(40))
 def test_what_is_found_prunable_is_cut_as_predicted(seed: int) -> None:
     torch.manual_seed(seed)
     model = Drawn(seed).eval()
     trace = trace_network(model, INPUTS)
-    plan = drawn_plan(trace, random.Random(seed))
+    plan = random_plan(trace, random.Random(seed))
     pruned = apply_plan(copy.deepcopy(model), plan, INPUTS)
     images = torch.randn(3, 3, 6, 6)
     with torch.no_grad():
-        got, want = tree_leaves(pruned(images)), tree_leaves(masked(model, trace, plan)(images))
+        got, want = tree_leaves(pruned(images)), tree_leaves(masked(model, trace, plan.removed)(images))
     for one, two in zip(got, want, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4 * float(1 + two.abs().max()))
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from random_plans import masked, random_plan
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from diplugin.errors import PlanError
-from diplugin.network import NetworkTrace, trace_network
+from diplugin.network import trace_network
 from diplugin.plan import PruningPlan
 from diplugin.surgery import (
     PLAN_FILE,
@@ -37,31 +38,6 @@ KINDS = ["plain", "residual", "option_a", "vgg", "depthwise", "dense", "grouped"
          "tokens", "twice"]  # fmt: skip
 
 
-def random_plan(trace: NetworkTrace, draw: random.Random) -> PruningPlan:
-    kept = {}
-    for group in trace.prunable:
-        units = draw.sample(range(group.units), draw.randint(1, group.units))
-        kept[group.name] = tuple(sorted(u + b * group.units for u in units for b in range(group.blocks)))
-    return PruningPlan(kept, trace.base_widths, {}, trace.inputs)
-
-
-def masked(model: nn.Module, trace: NetworkTrace, plan: PruningPlan) -> nn.Module:
-    """A copy in which every reader reads zeros for the removed channels."""
-    twin = copy.deepcopy(model)
-    for group in trace.prunable:
-        gone = set(plan.removed[group.name])
-        for member in group.side("in"):
-            channels = [c for c, r in zip(member.channels, member.roots, strict=True) if r in gone]
-
-            def mask(module: nn.Module, args: tuple[Tensor, ...], channels: list[int] = channels) -> tuple[Tensor, ...]:
-                x = args[0].clone()
-                x[(..., channels) if isinstance(module, nn.Linear) else (slice(None), channels)] = 0
-                return (x,)
-
-            twin.get_submodule(member.layer).register_forward_pre_hook(mask)
-    return twin
-
-
 def assert_same_outputs(one: nn.Module, two: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     with torch.no_grad():
         outputs = [tree_leaves(model(*inputs)) for model in (one, two)]
@@ -75,7 +51,7 @@ def test_pruned_equals_masked(make_net: MakeNet, kind: str, seed: int) -> None:
     model, inputs = make_net(kind)
     trace = trace_network(model, inputs)
     plan = random_plan(trace, random.Random(f"{kind}{seed}"))
-    twin = masked(model, trace, plan)
+    twin = masked(model, trace, plan.removed)
     pruned = apply_plan(copy.deepcopy(model), plan)
     assert_same_outputs(pruned, twin, (torch.randn(5, 3, 8, 8),))
     for group in trace.prunable:
