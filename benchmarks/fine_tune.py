@@ -284,7 +284,7 @@ def main() -> None:
             bench.run(mine, [int(seed) for seed in args.seeds.split(",")], args.together)
     if args.worker is None and not args.cut:
         print_table(book.rows, setting)
-        targets = targets_of(book.rows, setting)
+        targets = targets_of(book.rows, setting) if args.judge == "test" else []
         book.write(targets)
         print_targets(targets)
 
