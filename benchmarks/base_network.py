@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from protocol import HOLDOUT, Data
+from protocol import Data
 from training import Recipe
 
 from diplugin.accuracy import accuracy
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one epoch on 2,000 images")
     args = parser.parse_args()
     data = Data.read(args.data)
-    images, epochs = (2_000, 1) if args.quick else (50_000 - HOLDOUT, args.epochs)
+    images, epochs = (2_000, 1) if args.quick else (len(data.train[1]), args.epochs)
     torch.manual_seed(args.seed)
     model = getattr(cifar_resnet, args.net)()
     recipe = Recipe(epochs=epochs, images=images, lr=0.1, compiled=args.compiled)

@@ -5,13 +5,10 @@ Their rows are made where `fine_tune.py --only` names them, and count for none o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import Tensor
 from uniform_widths import Uniform, di_losses, norms
 
 from diplugin.contenders import Compress, Contender, drop_in
-from diplugin.ranking import ByBoth, ByEnergy, Ranking, ranks
+from diplugin.ranking import ByAll, ByBoth, ByEnergy
 from diplugin.recovery import Recalibrate, Reconstruct
 from diplugin.recovery.reconstruction import Reconstruction
 from diplugin.strategies import MeasuredCuts, OneShot
@@ -41,21 +38,9 @@ def without_norms() -> list[Contender]:
     ]
 
 
-@dataclass(frozen=True)
-class Voices:
-    """By a weighted sum of ranks: of what `others` says and of the filters' norms."""
-
-    others: Ranking
-    norms: float
-
-    def __call__(self, losses: Tensor, energies: Tensor | None, norms: Tensor | None = None) -> Tensor:
-        rank = ranks(self.others(losses, energies))
-        return rank if norms is None else rank + self.norms * ranks(norms.to(rank.device))
-
-
 def orders() -> list[Contender]:
     """The drop-in at uniform widths, where the order of channels is all that it has to say."""
-    kinds = {"norms twice": Voices(ByBoth(), 2.0), "energy and norms": Voices(ByEnergy(), 1.0)}
+    kinds = {"norms twice": ByAll(weight=2.0), "energy and norms": ByAll(ByEnergy())}
     return [drop_in(f"DI by {name}, local", False, ranking=kind) for name, kind in kinds.items()]
 
 

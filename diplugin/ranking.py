@@ -51,17 +51,22 @@ class ByBoth:
 
 @dataclass(frozen=True)
 class ByAll:
-    """By the mean of two ranks: that of `ByBoth` and that of the filters' norms, which know nothing of the data."""
+    """By the sum of two ranks: that of `ByBoth` and that of the filters' norms, which know nothing of the data.
 
-    both: ByBoth = ByBoth()
+    Attributes:
+        both: what is heard beside the norms.
+        weight: how much the norms' rank counts beside the other's.
+    """
+
+    both: Ranking = ByBoth()
+    weight: float = 1.0
 
     def __call__(self, losses: Tensor, energies: Tensor | None, norms: Tensor | None = None) -> Tensor:
-        values = self.both(losses, energies)
-        return values if norms is None else ranks(values) + ranks(norms.to(values.device))
+        values = self.both(losses, energies, None)
+        return values if norms is None else _ranks(values) + self.weight * _ranks(norms.to(values.device))
 
 
-def ranks(values: Tensor) -> Tensor:
-    """Place of every value among all, 0 for the smallest, as float64 [C]; equals keep their order."""
+def _ranks(values: Tensor) -> Tensor:
     return values.argsort(stable=True).argsort(stable=True).double()
 
 

@@ -45,6 +45,13 @@ def test_two_ranks_count_alike_and_scales_do_not() -> None:
     assert ByAll()(losses, energies, None).tolist() == ByBoth()(losses, energies).tolist()
 
 
+def test_norms_may_count_more_and_others_be_heard_beside_them() -> None:
+    losses, energies = torch.tensor([1.0, 4.0, 2.0, 3.0]).double(), torch.tensor([9.0, 1.0, 2.0, 3.0]).double()
+    norms = torch.tensor([300.0, 200.0, 0.1, 100.0]).double()
+    assert ByAll(ByLoss(), weight=2.0)(losses, energies, norms).tolist() == [0 + 6, 3 + 4, 1 + 0, 2 + 2]
+    assert ByAll(ByEnergy())(losses, energies, norms).tolist() == [3 + 3, 0 + 2, 1 + 0, 2 + 1]
+
+
 def test_a_floor_of_nothing_changes_nothing() -> None:
     scores = torch.tensor([1.0, 2.0])
     assert lift_best(scores, 0, 5.0).tolist() == [1.0, 2.0]
