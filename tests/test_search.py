@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from made_up_searches import best_loss, chain, group, loss_of, problems, search, trace_of
+from made_up_searches import best_loss, chain, group, loss_of, made_up, problems, search, trace_of
 from torch import Tensor
 
 from diplugin.costs import Budget, SeparableCost, Term, Widths
@@ -105,6 +105,7 @@ def test_several_budgets_hold_at_once(
 
 @settings(max_examples=60)
 @given(problem=problems, fraction=st.floats(0.2, 1.0), step=st.integers(2, 5), bump=st.floats(0.0, 3.0))
+@example(problem=made_up([(5, 1), (8, 1), (5, 1)], 1581), fraction=0.625, step=4, bump=0.5)  # 5 is over, 8 is not
 def test_staircases_and_bumps_are_crossed(
     problem: tuple[NetworkTrace, dict[str, Tensor]], fraction: float, step: int, bump: float
 ) -> None:

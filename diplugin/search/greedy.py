@@ -204,27 +204,34 @@ class State:
         """Widen groups again, the dearest channels first, while every budget still holds."""
         blocked: set[str] = set()
         while True:
-            gains = {n: self._gain(n) for n in self.groups if n not in blocked and self.gone[n] > 0}
+            gains = {n: self._gain(n, wider[0]) for n in self.groups if n not in blocked and (wider := self._wider(n))}
             if not gains:
                 return
-            name = max(gains, key=lambda n: gains[n][0])
-            width = gains[name][1]
-            after = {m.name: self.now[m.name] + m.change(self.widths, name, width) for m, _ in self.limits}
-            wider = {**self.widths, name: width}
-            if width == self.widths[name] or any(exceeds(m, x, after[m.name], wider) for m, x in self.limits):
+            name = max(gains, key=lambda n: gains[n])
+            # The next width may be dearer than one beyond it, as right off a multiple of eight.
+            width = next((w for w in self._wider(name) if self._fits(name, w)), None)
+            if width is None:
                 blocked.add(name)
                 continue
             self.loss += self._loss_of(name, width)
             self._set(name, width)
 
-    def _gain(self, name: str) -> tuple[float, int]:
-        """(loss undone per channel, next wider width)."""
+    def _wider(self, name: str) -> list[int]:
+        """Allowed widths above the present one, up to what this search has removed."""
         allowed, here = self.allowed[name], self.widths[name]
-        wider = allowed[min(bisect_left(allowed, here) + 1, len(allowed) - 1)]
         reach = here + self.gone[name] * self.groups[name].blocks
-        if wider == here or wider > reach:
-            return (-1.0, here)
-        return (-self._loss_of(name, wider) / (wider - here), wider)
+        return [w for w in allowed[bisect_left(allowed, here) :] if here < w <= reach]
+
+    def _fits(self, name: str, width: int) -> bool:
+        """Whether every budget holds with the group at this width."""
+        after = {**self.widths, name: width}
+        return not any(
+            exceeds(m, limit, self.now[m.name] + m.change(self.widths, name, width), after) for m, limit in self.limits
+        )
+
+    def _gain(self, name: str, width: int) -> float:
+        """Loss undone per channel."""
+        return -self._loss_of(name, width) / (width - self.widths[name])
 
     def point(self) -> PathPoint:
         return PathPoint(self.loss, dict(self.now))
