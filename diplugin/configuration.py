@@ -18,8 +18,8 @@ from .measurements import versions
 from .recovery import FineTuning
 from .run_folder import recorded
 from .strategies import OneShot, Strategy
-from .table_format import document_from_table
 from .tables import LatencyTable
+from .tables.file_format import document_from_table
 
 #: torch, NumPy and scikit-learn all take a seed up to here.
 LARGEST_SEED = 2**32 - 1

@@ -198,7 +198,7 @@ def test_broken_metrics_are_refused_before_anything_is_timed(
 
 
 def test_list_names_the_shipped_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    from diplugin.table_format import shipped_tables
+    from diplugin.tables.file_format import shipped_tables
 
     assert cli("tables", "list") == 0
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == list(shipped_tables())

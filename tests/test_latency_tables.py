@@ -10,8 +10,8 @@ import torch
 from diplugin.costs.latency import LatencyCost
 from diplugin.latency.quality import findings
 from diplugin.network import trace_network
-from diplugin.table_format import shipped_folder, shipped_tables
 from diplugin.tables import LatencyTable
+from diplugin.tables.file_format import shipped_folder, shipped_tables
 
 NAMES = shipped_tables()
 

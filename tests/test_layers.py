@@ -55,9 +55,8 @@ def imports(name: str, path: Path, *, top_only: bool = False) -> Iterator[str]:
 
 
 def part(module: str) -> str:
-    """`diplugin.costs.base` -> `costs`; the package itself -> `__init__`; tables, their file and its checks are one."""
-    name = [*module.split("."), "__init__"][1]
-    return "tables" if name in ("table_format", "table_checks") else name
+    """`diplugin.costs.base` -> `costs`; the package itself -> `__init__`."""
+    return [*module.split("."), "__init__"][1]
 
 
 def edges() -> dict[str, set[str]]:

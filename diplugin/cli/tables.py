@@ -48,8 +48,8 @@ def _add_estimate(steps: Any) -> None:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    from ..table_format import shipped_tables
     from ..tables import LatencyTable
+    from ..tables.file_format import shipped_tables
 
     for name in shipped_tables():
         table = LatencyTable.load(name)

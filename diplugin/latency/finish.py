@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TableError
-from ..table_format import document_from_table, table_from_document
 from ..tables import Alignment, Entry, LatencyTable, NetTiming, OpKey, Setting
+from ..tables.file_format import document_from_table, table_from_document
 from . import device
 from .calibration import MIN_NETS, calibrate, measured_alignment, own_cache_mb
 

@@ -23,8 +23,8 @@ from ..costs.latency import timed_layers
 from ..errors import TableError
 from ..groups import remove_channels
 from ..network import NetworkTrace
-from ..table_checks import table_name
 from ..tables import Alignment, OpKey, Setting
+from ..tables.checks import table_name
 from ..whole_files import writing_whole
 from . import device
 from .graphs import Graph, Graphs, OnnxGraphs

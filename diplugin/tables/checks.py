@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .tables import Calibration, OpKey
+from .keys import OpKey
+from .table import Calibration
 
 #: value, name -> the value.
 Check = Callable[[Any, str], Any]

@@ -17,10 +17,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from . import table_checks as checks
-from .errors import TableError
-from .tables import SCHEMA, Alignment, Entry, LatencyTable, NetTiming, OpKey, Setting
-from .whole_files import write_text
+from ..errors import TableError
+from ..whole_files import write_text
+from . import checks
+from .keys import OpKey
+from .table import SCHEMA, Alignment, Entry, LatencyTable, NetTiming, Setting
 
 FORMAT = "diplugin-latency-table"
 KEY_COLUMNS = tuple(f.name for f in fields(OpKey))
