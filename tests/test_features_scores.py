@@ -1,8 +1,8 @@
-"""Watching features go by: the chunks are the data, the scores are those of the formula, and nothing stays behind."""
+"""Watching features go by: the scores are those of the formula, whatever the batches are like."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,17 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diplugin.discriminant import channel_scores
-from diplugin.errors import DataError, DISaturationWarning, ModelError, OneClassWarning
-from diplugin.features import Observation, chunks, labels_of, score_points
+from diplugin.errors import OneClassWarning
+from diplugin.features import Observation, chunks, score_points
 from diplugin.taps import TapPoint
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
-
-
-# --- chunks ---
-
-
-# --- scores are the formula's ---
 
 
 def captured(model: nn.Module, images: Tensor, layer: str, side: str) -> list[Tensor]:
@@ -228,143 +222,3 @@ def test_a_layer_that_never_runs_is_left_out(make_images: Any) -> None:
     seen = Observation(forward=lambda m, b: m["used"](b[0]))
     points = [TapPoint("used", "out"), TapPoint("unused", "out")]
     assert set(score_points(model, data.loader(30), points, seen)) == {points[0]}
-
-
-# --- everything is left as it was ---
-
-
-class Breaks(nn.Module):
-    """Raises on its second forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.drop, self.calls = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls > 1:
-            raise ZeroDivisionError("on the second pass")
-        return self.drop(self.bn(self.conv(x)))
-
-
-def endless_trouble(batches: list[Any]) -> Iterator[Any]:
-    yield from batches
-    raise OSError("the disk is gone")
-
-
-def test_state_is_restored_whatever_fails(make_images: Any, state_of: Any, assert_same_state: Any) -> None:
-    data = make_images(60)
-    model = Breaks().train()
-    model.bn.eval()
-    points = [TapPoint("conv", "out"), TapPoint("bn", "in")]
-    before = state_of(model)
-    with pytest.raises(ModelError, match="on the second pass"):
-        score_points(model, data.loader(20), points, Observation(chunk_size=20))
-    assert_same_state(model, before)
-    model.calls = -100
-    with pytest.raises(OSError, match="disk"):
-        score_points(model, endless_trouble(data.loader(20)), points, Observation(chunk_size=20))
-    assert_same_state(model, before)
-    with pytest.raises(KeyError):
-        score_points(model, data.loader(20), points, Observation(get_labels=lambda b: {}["labels"]))
-    assert_same_state(model, before)
-    score_points(model, data.loader(20), points)
-    assert_same_state(model, before)
-
-
-def test_training_mode_stays_and_statistics_do_not_move(
-    make_net: MakeNet, make_images: Any, state_of: Any, assert_same_state: Any
-) -> None:
-    model, _ = make_net("residual")
-    evaluated = score_points(model, make_images(50).loader(50), [TapPoint("head", "in")])
-    model.train()
-    before = state_of(model)
-    trained = score_points(model, make_images(50).loader(50), [TapPoint("head", "in")])
-    assert_same_state(model, before)
-    assert torch.equal(*(s[TapPoint("head", "in")].scores for s in (evaluated, trained)))
-
-
-def test_no_gradients_are_kept(make_net: MakeNet, make_images: Any) -> None:
-    model, _ = make_net("plain")
-    needed: list[bool] = []
-    model.register_forward_hook(lambda _m, _a, out: needed.append(out.requires_grad))
-    score_points(model, make_images(30).loader(30), [TapPoint("3", "in")])
-    assert needed == [False]
-
-
-# --- bad input ---
-
-POINT = TapPoint("0", "out")
-
-
-def linear() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 3))
-
-
-X = torch.randn(12, 4)
-Y = torch.arange(12) % 3
-
-
-@pytest.mark.parametrize(
-    ("loader", "text"),
-    [
-        ([], "an empty one"),
-        ([(X, torch.zeros(12).long())], "labels that differ"),
-        ([(X[:1], Y[:1])], "labels that differ"),
-        ([(X, Y - 1)], "start at 0"),
-        ([(X, Y.float())], "class ids are integers"),
-        ([(X, Y.float()[:, None].fill_(torch.nan))], "NaN"),
-        ([(X, Y[:, None, None])], "shape"),
-        ([(X, Y[:7])], "one length"),
-        ([X], r"\(inputs, labels\)"),
-        ([(X, Y, Y)], r"a tuple of 3"),
-        ([{"x": X}], "got dict"),
-        ([(X, None)], r"\(inputs, labels\)"),
-        ([(X, Y.tolist())], r"\(inputs, labels\)"),
-        ([(X, torch.tensor(3))], "shape"),
-        ([(X.fill_(0) + torch.nan, Y)], "NaN"),
-        ([(torch.full((12, 4), torch.inf), Y)], "NaN or infinity"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_data_that_cannot_be_used(loader: Any, text: str) -> None:
-    with pytest.raises(DataError, match=text) as caught:
-        score_points(linear(), loader, [POINT])
-    assert "\n" not in str(caught.value)
-
-
-def test_nan_features_name_their_layer(make_net: MakeNet, make_images: Any) -> None:
-    model, _ = make_net("plain")
-    with torch.no_grad():
-        model.get_submodule("3").weight[0] = torch.nan
-    with pytest.raises(DataError, match=r"input of 7: .*NaN"):
-        score_points(model, make_images(20).loader(20), [TapPoint("7", "in")])
-
-
-def test_inputs_that_do_not_fit_the_model() -> None:
-    with pytest.raises(ModelError, match="expected a model that runs on the batches, got RuntimeError"):
-        score_points(linear(), [(torch.randn(12, 5), Y)], [POINT])
-
-
-def test_labels_of_another_type() -> None:
-    with pytest.raises(DataError, match="labels as a tensor, got list"):
-        score_points(linear(), [(torch.randn(12, 4), Y)], [POINT], Observation(get_labels=lambda b: b[1].tolist()))
-
-
-def test_an_unknown_layer() -> None:
-    with pytest.raises(ModelError, match="'nope'"):
-        score_points(linear(), [(torch.randn(12, 4), Y)], [TapPoint("nope", "in")])
-
-
-def test_saturation_warns() -> None:
-    images = torch.randn(60, 400) * 0.01
-    images[:, :3] += 5 * F.one_hot(torch.arange(60) % 3)
-    model = nn.Sequential(nn.Identity())
-    with pytest.warns(DISaturationWarning, match="0"):
-        score_points(model, [(images, torch.arange(60) % 3)], [POINT], Observation(rho=1e-4))
-
-
-def test_labels_of_reads_pairs_only() -> None:
-    assert labels_of([X, Y]) is Y
-    with pytest.raises(DataError, match="get_labels="):
-        labels_of((X, Y, Y))
