@@ -65,13 +65,6 @@ def broken(): raise OSError("no such disk")
 
 
 @pytest.fixture
-def not_exported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX files are other tests' affair, and take seconds each."""
-    monkeypatch.setattr("diplugin.measurements.Measure.exported", lambda *_: {"size_mb": 0.1})
-    monkeypatch.setattr("diplugin.measurements.Measure.timed", lambda _, *paths: [None] * len(paths))
-
-
-@pytest.fixture
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"cli_code_{abs(hash(tmp_path))}"
     (tmp_path / f"{name}.py").write_text(MODULE)

@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_networks import KINDS
 from torch import Tensor, nn
 
 from diplugin.errors import ModelError, PlanError
 from diplugin.groups import ChannelGroup, _common_blocks, remove_channels, trace_groups
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
-KINDS = ["plain", "residual", "option_a", "vgg", "depthwise", "dense", "grouped", "transposed", "multi_output",
-         "tokens", "twice"]  # fmt: skip
 
 
 def by_name(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, ChannelGroup]:

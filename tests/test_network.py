@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from random_plans import masked
+from tiny_networks import KINDS
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -17,8 +18,6 @@ from diplugin.errors import ModelError
 from diplugin.network import LayerSpec, TensorSpec, Width, record_layers, silence, trace_network
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
-KINDS = ["plain", "residual", "option_a", "vgg", "depthwise", "dense", "grouped", "transposed", "multi_output",
-         "tokens", "twice"]  # fmt: skip
 IMAGE = (torch.randn(1, 3, 8, 8),)
 
 

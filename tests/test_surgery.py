@@ -16,6 +16,7 @@ import pytest
 import torch
 from random_plans import masked, random_plan
 from safetensors.torch import load, save_file
+from tiny_networks import KINDS
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -34,8 +35,6 @@ from diplugin.surgery import (
 )
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
-KINDS = ["plain", "residual", "option_a", "vgg", "depthwise", "dense", "grouped", "transposed", "multi_output",
-         "tokens", "twice"]  # fmt: skip
 
 
 def assert_same_outputs(one: nn.Module, two: nn.Module, inputs: tuple[Tensor, ...]) -> None:
