@@ -53,6 +53,16 @@ def chain(trace: NetworkTrace, name: str = "macs", weights: Sequence[float] = (3
     return SeparableCost(name, "", trace.base_widths, terms)
 
 
+def staircase(trace: NetworkTrace, step: int, bump: float) -> SeparableCost:
+    """Latency-like: flat between multiples of `step`, and dearer by `bump` right off the step."""
+
+    def value(width: int) -> float:
+        return math.ceil(width / step) + (bump if width % step else 0.0)
+
+    terms = [Term((g.name,), lambda w, n=g.name: value(w[n])) for g in trace.prunable]
+    return SeparableCost("latency_ms", "ms", trace.base_widths, terms)
+
+
 def loss_of(trace: NetworkTrace, scores: Mapping[str, Tensor], widths: Widths) -> float:
     """Least information lost at these widths: the cheapest units leave."""
     total = 0.0

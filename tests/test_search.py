@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from made_up_searches import best_loss, chain, group, loss_of, made_up, problems, search, trace_of
+from made_up_searches import best_loss, chain, group, loss_of, made_up, problems, search, staircase, trace_of
 from torch import Tensor
 
 from diplugin.costs import Budget, SeparableCost, Term, Widths
@@ -22,16 +22,6 @@ from diplugin.errors import BudgetError, InfeasibleBudget, ModelError
 from diplugin.network import NetworkTrace
 from diplugin.plan import PruningPlan
 from diplugin.search import FixedScores, LossCurve, SearchLimits, first_order_curve, greedy_search
-
-
-def staircase(trace: NetworkTrace, step: int, bump: float) -> SeparableCost:
-    """Latency-like: flat between multiples of `step`, and dearer by `bump` right off the step."""
-
-    def value(width: int) -> float:
-        return math.ceil(width / step) + (bump if width % step else 0.0)
-
-    terms = [Term((g.name,), lambda w, n=g.name: value(w[n])) for g in trace.prunable]
-    return SeparableCost("latency_ms", "ms", trace.base_widths, terms)
 
 
 class Peak:

@@ -22,9 +22,11 @@ from ..errors import BudgetError, DipluginError, InfeasibleBudget
 from ..network import NetworkTrace
 from ..plan import PruningPlan
 from .curves import LossCurve, Scorer
-from .greedy import State, greedy_search
+from .greedy import greedy_search
 from .problem import Limit, SearchLimits, allowed_widths, check_prunable, exceeds, limits_of
 from .program import LinearCost, Pair, Program, linear_costs
+from .refinement import give_back
+from .structure import Structure
 
 _TIGHTENINGS = 5
 _MOST_PAIRS = 2000
@@ -140,13 +142,13 @@ class _Problem:
 
     def plan(self, widths: Mapping[str, int]) -> PruningPlan:
         """The plan that goes to these widths and gives back what the budgets leave."""
-        state = State(self.trace, self.scorer, self.costs, self.limits, self.options, self.start)
-        path = [*(() if self.start is None else self.start.path), state.point()]
+        structure = Structure(self.trace, self.scorer, self.costs, self.limits, self.options, self.start)
+        path = [*(() if self.start is None else self.start.path), structure.point()]
         for name, width in widths.items():
-            if width != state.widths[name]:
-                state.take(name, width)
-        state.give_back()
-        return state.plan([*path, state.point()])
+            if width != structure.widths[name]:
+                structure.set_width(name, width)
+        give_back(structure)
+        return structure.plan([*path, structure.point()])
 
 
 class _Hunt:
