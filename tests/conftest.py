@@ -22,7 +22,7 @@ from diplugin import latency
 from diplugin.measurements import Measure
 
 # By itself pytest explains only the asserts of the files that it collects.
-pytest.register_assert_rewrite("nni_training", "report_pages")
+pytest.register_assert_rewrite("nni_masks", "nni_training", "report_pages")
 
 # For the examples; last, so that an installed diplugin is the one that is tested.
 sys.path.append(str(Path(__file__).resolve().parents[1]))

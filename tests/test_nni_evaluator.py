@@ -41,7 +41,7 @@ def test_a_training_function_that_stops_early(
 ) -> None:
     model, _ = make_net("vgg")
     loader = make_images(40).loader(20)[:batches]
-    evaluator = torch_evaluator(looping(loader), traced(model), step, dummy_input=X[:1])
+    evaluator = torch_evaluator(looping(loader, epochs=1), traced(model), step, dummy_input=X[:1])
     with pytest.raises(UserError, match=f"at least 5 optimizer steps .* it took {took}") as caught:
         DIPruner(model, GOOD, evaluator, 5).compress()
     assert_one_line(caught.value)
