@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torchvision_models import import_timm
 
-from diplugin.latency.calibration import rank_correlation
 from diplugin.latency.operators import FEATURES, network_features
 from diplugin.network import LayerSpec, record_layers
+from diplugin.rank_correlation import rank_correlation
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -27,8 +27,9 @@ from torchvision_models import import_torchvision
 
 from diplugin.costs.latency import LatencyCost
 from diplugin.latency import profile_here
-from diplugin.latency.calibration import calibrate, own_cache_mb, rank_correlation
+from diplugin.latency.calibration import calibrate, own_cache_mb
 from diplugin.network import trace_network
+from diplugin.rank_correlation import rank_correlation
 
 CALIBRATING = 16
 TARGETS = (("MAPE, all families", "mape", 0.02), ("worst error", "worst", 0.06), ("rank correlation", "rho", 0.995))

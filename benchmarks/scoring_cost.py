@@ -47,9 +47,10 @@ from torch import Tensor, nn
 from diplugin.costs import Budget
 from diplugin.costs.latency import LatencyCost, timed_layers
 from diplugin.discriminant import EXACT, Sketch
-from diplugin.features import Observation, ScoreProfile, observing, rank_correlation, score_points
+from diplugin.features import Observation, ScoreProfile, observing, score_points
 from diplugin.latency.grid import group_grids, layer_keys
 from diplugin.network import trace_network
+from diplugin.rank_correlation import rank_correlation
 from diplugin.search import FixedScores, greedy_search
 from diplugin.tables import Alignment, Entry, LatencyTable, Setting
 from diplugin.taps import TapPoint

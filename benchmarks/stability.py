@@ -26,8 +26,9 @@ from protocol import network
 from torch import Tensor
 
 from diplugin.discriminant import ChunkScores
-from diplugin.features import CHUNK_SIZE, UntilStable, rank_correlation, reliability, score_points
+from diplugin.features import CHUNK_SIZE, UntilStable, reliability, score_points
 from diplugin.groups import trace_groups
+from diplugin.rank_correlation import rank_correlation
 from diplugin.sources import load_data
 from diplugin.taps import AfterActivation, TapPoint, points_of
 

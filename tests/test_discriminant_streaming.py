@@ -22,6 +22,7 @@ from diplugin.discriminant import (
     label_targets,
 )
 from diplugin.errors import DataError
+from diplugin.rank_correlation import rank_correlation
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens", "strided"])
@@ -90,11 +91,6 @@ def photographs(images: int, channels: int, side: int, classes: int) -> tuple[Te
     strength = torch.rand(channels, generator=generator).view(-1, 1, 1)
     maps_ = torch.nn.functional.interpolate(coarse + strength * signal[labels], size=(side, side), mode="bilinear")
     return (maps_ + 0.3 * torch.randn(maps_.shape, generator=generator)).relu(), labels
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float:
-    ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
-    return float(torch.corrcoef(ranks)[0, 1])
 
 
 @pytest.mark.parametrize("layout", ["maps", "channels_last", "tokens"])

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: Every module directly under diplugin/ has its level here; imports go to the same level (without cycles) or below.
 LEVELS = [
-    {"errors", "plots", "whole_files"},
+    {"errors", "plots", "rank_correlation", "whole_files"},
     {"discriminant", "plan", "modes", "samples", "tables", "team", "dependency", "groups", "network", "taps",
      "features", "costs"},
     {"accuracy", "boundary", "disguise", "export", "filters", "fitted_scores", "holdout", "labels", "latency",

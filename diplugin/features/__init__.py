@@ -23,7 +23,7 @@ from .batches import (
 from .observe import Observation, score_points
 from .profile import LayerProfile, ScoreProfile
 from .scene import Scene, observing
-from .stability import UntilStable, rank_correlation, reliability
+from .stability import UntilStable, reliability
 
 __all__ = [
     "CHUNK_SIZE",
@@ -42,7 +42,6 @@ __all__ = [
     "labels_of",
     "move_to",
     "observing",
-    "rank_correlation",
     "reliability",
     "score_points",
     "to_device",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..discriminant import ChunkScores
 from ..errors import UserError
+from ..rank_correlation import rank_correlation
 from ..taps import TapPoint
 
 Chunk = Mapping[TapPoint, ChunkScores]
@@ -59,22 +60,6 @@ def reliability(chunks: Sequence[Chunk]) -> float:
         channels += len(first)
     agreement = max(0.0, total / channels) if channels else 1.0
     return 2 * agreement / (1 + agreement)
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation of two vectors; equal values share their mean rank; 1 where neither varies."""
-    ranks = torch.stack([_ranks(a), _ranks(b)])
-    ranks = ranks - ranks.mean(1, keepdim=True)
-    norms = ranks.norm(dim=1)
-    if not bool((norms > 0).all()):
-        return float(bool((norms == 0).all()))
-    return float(ranks[0] @ ranks[1] / norms.prod())
-
-
-def _ranks(values: Tensor) -> Tensor:
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    return (ends - (counts.double() - 1) / 2)[inverse]
 
 
 def _average(chunks: Sequence[Chunk], point: TapPoint) -> Tensor | None:

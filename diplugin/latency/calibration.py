@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..rank_correlation import rank_correlation
 from ..tables import Alignment, Calibration, NetTiming, Setting
 
 T = TypeVar("T")
@@ -90,20 +91,6 @@ def own_cache_mb(setting: Setting, provenance: Mapping[str, Any]) -> float:
     said = provenance.get("l2_kb", 0)
     known = isinstance(said, int) and 0 < said <= 1 << 20
     return said * 1024 / 1e6 if known and setting.threads == 1 and setting.provider in _PROCESSORS else 0.0
-
-
-def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's rank correlation; 0 if one of them is constant."""
-    ranks = [_ranks(np.asarray(values, float)) for values in (one, other)]
-    centred = [r - r.mean() for r in ranks]
-    norm = float(np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
-    return float((centred[0] * centred[1]).sum() / norm) if norm > 0 else 0.0
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def measured_alignment(staircases: Iterable[Mapping[int, float]]) -> Alignment:
