@@ -12,14 +12,14 @@ from torch import Tensor
 def rank_correlation(one: Tensor | Sequence[float], other: Tensor | Sequence[float]) -> float:
     """Of two vectors [n]; equal values share their mean rank; 1 where neither varies, 0 where only one does.
 
-    >>> rank_correlation([1.0, 2.0, 3.0], [0.1, 0.3, 0.2])
+    >>> round(rank_correlation([1.0, 2.0, 3.0], [0.1, 0.3, 0.2]), 6)
     0.5
     """
     from scipy.stats import rankdata
 
     first, second = (
         ranks - ranks.mean()
-        for ranks in (rankdata(torch.as_tensor(values).double().cpu().numpy()) for values in (one, other))
+        for ranks in (rankdata(torch.as_tensor(values, dtype=torch.float64).cpu().numpy()) for values in (one, other))
     )
     norms = np.linalg.norm(first), np.linalg.norm(second)
     if min(norms) == 0:
