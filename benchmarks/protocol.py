@@ -115,11 +115,12 @@ def prune(contender: Contender, case: Case, fractions: Sequence[float]) -> Mappi
         return contender.prune(case, fractions)
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """What every benchmark of this kind takes."""
+def arguments(description: str | None, weights: bool = True) -> argparse.ArgumentParser:
+    """What every benchmark of this kind takes; `weights` where it begins with published networks."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of train.npz and test.npz of CIFAR-10")
-    parser.add_argument("--weights", type=Path, required=True, help="folder of the networks' safetensors")
+    if weights:
+        parser.add_argument("--weights", type=Path, required=True, help="folder of the networks' safetensors")
     parser.add_argument("--json", type=Path, help="where rows and targets are written; rows found there are kept")
     parser.add_argument("--quick", action="store_true", help="a minute's version")
     parser.add_argument("--only", help="contenders whose names contain one of these words, separated by ;")

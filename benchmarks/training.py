@@ -35,6 +35,7 @@ class Recipe:
         teacher_weight: share of the unpruned network's say in the loss, as in `diplugin.recovery.Distillation`.
         compiled: train through `torch.compile`, half as fast again on a CPU; needs a C++ compiler.
         bf16: forward passes in bfloat16, as `torch.autocast` does it.
+        shift: pixels by which an image may move, as far as it is padded.
     """
 
     epochs: int = 10
@@ -46,6 +47,7 @@ class Recipe:
     teacher_weight: float = 0.0
     compiled: bool = False
     bf16: bool = False
+    shift: int = 4
 
     def rate(self, step: int, steps: int) -> float:
         if self.milestones:
@@ -60,7 +62,7 @@ class Recipe:
             order = torch.randperm(images)
             for batch in order[: images // self.batch * self.batch].view(-1, self.batch):
                 ids.append(batch)
-                moves.append(draw_moves(self.batch))
+                moves.append(draw_moves(self.batch, self.shift))
         rates = [self.rate(step, len(ids)) for step in range(len(ids))]
         return Course(torch.stack(ids), torch.stack(moves), torch.tensor(rates, dtype=torch.float64))
 
@@ -150,7 +152,8 @@ class Training:
                 group["lr"].copy_(rate)
             else:
                 group["lr"] = rate.item()
-        images = flipped_and_shifted(self._x.index_select(0, ids), moves).contiguous(memory_format=torch.channels_last)
+        images = flipped_and_shifted(self._x.index_select(0, ids), moves, self._recipe.shift)
+        images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self._recipe.bf16, cache_enabled=False):
             loss = self._loss(self._forward(images), images, self._y.index_select(0, ids))
         self._optimizer.zero_grad(set_to_none=True)
