@@ -12,6 +12,7 @@ from ..plan import PathPoint, PlannedCost, PruningPlan
 from .curves import Scorer
 from .problem import Limit, SearchLimits, allowed_widths, exceeds
 
+#: Widths looked at on each side: so many next ones, and about as many further down.
 LOOK_AHEAD = 12
 
 
