@@ -12,9 +12,10 @@ from diplugin.latency.calibration import (
     MIN_NETS,
     calibrate,
     fit_nets,
+    measured_alignment,
     own_cache_mb,
 )
-from diplugin.tables import NetTiming, Setting
+from diplugin.tables import Alignment, NetTiming, Setting
 
 
 def nets(count: int, scale: float, offset: float, noise: float = 0.0, seed: int = 0) -> list[NetTiming]:
@@ -158,3 +159,35 @@ def test_only_one_core_by_itself_has_a_cache_of_its_own(change: dict[str, Any], 
               "graph_optimization": "all", "threads": 1, **change}  # fmt: skip
     assert own_cache_mb(Setting(**values), {"l2_kb": said}) == pytest.approx(expected)
     assert own_cache_mb(Setting(**values), {}) == 0.0
+
+
+WIDTHS = (16, 20, 24, 28, 29, 30, 31, 32, 36, 40, 44, 47, 48)
+
+
+@pytest.mark.parametrize(("step", "plateau"), [(4, 4), (4, 16), (8, 8), (8, 16), (16, 16), (2, 8)])
+def test_the_alignment_of_a_made_up_device_is_found(step: int, plateau: int) -> None:
+    """Time by whole plateaus, and a slow path off the step."""
+
+    def ms(width: int) -> float:
+        return -(-width // plateau) * plateau * (1.0 if width % step == 0 else 2.5) + 1
+
+    draw = random.Random(step * plateau)
+    stair = {w: ms(w) * (1 + draw.uniform(-0.01, 0.01)) for w in WIDTHS}
+    found = measured_alignment([stair])
+    assert found.plateau == plateau
+    assert found.step == step
+
+
+def test_a_smooth_device_has_no_steps() -> None:
+    assert measured_alignment([{w: float(w) for w in WIDTHS}]).step == 1
+    assert measured_alignment([{w: float(w) for w in WIDTHS}]).plateau <= 2
+
+
+def test_the_coarsest_of_several_staircases_counts() -> None:
+    fine = {w: float(w) for w in WIDTHS}
+    coarse = {w: float(w) * (1.0 if w % 8 == 0 else 3.0) for w in WIDTHS}
+    assert measured_alignment([fine, coarse]).step == 8
+
+
+def test_without_staircases_nothing_is_assumed() -> None:
+    assert measured_alignment([]) == Alignment(1, 1)
