@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from protocol import Data
-from training import Recipe
+from training import Recipe, from_scratch
 
 from diplugin.accuracy import accuracy
 from diplugin.surgery import save_weights
@@ -34,10 +33,8 @@ def main() -> None:
     args = parser.parse_args()
     data = Data.read(args.data)
     images, epochs = (2_000, 1) if args.quick else (len(data.train[1]), args.epochs)
-    torch.manual_seed(args.seed)
-    model = getattr(cifar_resnet, args.net)()
     recipe = Recipe(epochs=epochs, images=images, lr=0.1, compiled=args.compiled)
-    recipe.train(model, *data.training(0, images), args.seed)
+    model = from_scratch(getattr(cifar_resnet, args.net), recipe, *data.training(0, images), args.seed)
     print(f"{args.net}: {100 * accuracy(model, data.holdout()):.2f} % of the holdout after {epochs} epochs")
     args.out.mkdir(parents=True, exist_ok=True)
     save_weights(model, args.out / f"cifar10_{args.net}.safetensors")

@@ -26,7 +26,7 @@ import torch
 import torch_pruning as tp
 from protocol import Data, Notebook, arguments, network, print_targets, timed
 from torch import Tensor, nn
-from training import Recipe
+from training import Recipe, from_scratch
 
 from diplugin.accuracy import accuracy
 from diplugin.costs import Budget, CostModel, LatencyCost, PeakActivationMemory, SeparableCost, macs, params
@@ -38,7 +38,7 @@ from diplugin.network import NetworkTrace, trace_network
 from diplugin.recovery import recalibrate_batchnorm
 from diplugin.scoring import score_groups
 from diplugin.search import ExactSearch, FixedScores, GreedySearch, Search, greedy_search
-from diplugin.surgery import apply_plan, load_weights, read_weights
+from diplugin.surgery import apply_plan
 
 FRACTIONS = (0.7, 0.5)
 CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -204,21 +204,6 @@ def losses_against_greedy(rows: list[dict[str, Any]]) -> list[float]:
     return [loss / other for loss, other in pairs if other]
 
 
-def trained(path: Path | None, data: Data, epochs: int, images: int) -> nn.Module:
-    """The MobileNetV2-like net with weights from an earlier run, or trained here."""
-    torch.manual_seed(0)
-    model = mobilenet_like()
-    if path is not None and path.exists():
-        load_weights(model, read_weights(path), str(path))
-        return model.eval()
-    Recipe(epochs=epochs, images=images, lr=0.1).train(model, *data.training(2000, images), seed=0)
-    if path is not None:
-        from safetensors.torch import save_file
-
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
-    return model.eval()
-
-
 def faster_at_equal_accuracy(rows: list[dict[str, Any]], net: str) -> float | None:
     """How much slower the MACs-guided plan is than the latency-guided curve at its own accuracy; the median."""
     curves = {c: sorted((r["accuracy"], r["measured_ms"]) for r in rows if r["net"] == net and r["contender"] == c)
@@ -264,8 +249,9 @@ def main() -> None:
     data = Data.read(args.data)
     kept = args.json.with_suffix(".mobilenet.safetensors") if args.json else None
     epochs, images = (1, 2000) if args.quick else (args.epochs, args.images)
+    learning, seen = Recipe(epochs=epochs, images=images, lr=0.1), data.training(2000, images)
     nets = {"resnet20": lambda: network("resnet20", args.weights),
-            "mobilenet-like": lambda: trained(kept, data, epochs, images)}  # fmt: skip
+            "mobilenet-like": lambda: from_scratch(mobilenet_like, learning, *seen, seed=0, kept=kept)}  # fmt: skip
     notes = Notebook(args.json, ("net", "contender", "fraction"))
     for name, build in nets.items():
         bench = Bench.of(name, build(), data, args.quick, 1000 if args.quick else args.test_images)

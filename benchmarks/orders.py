@@ -24,11 +24,10 @@ from cuts import Cuts
 from fine_tune import SHORT, Bench, Setting
 from fine_tune_variants import orders
 from protocol import Data, Notebook, Row, arguments, chosen
-from torch import Tensor, nn
-from training import Recipe
+from torch import Tensor
+from training import Recipe, from_scratch
 
 from diplugin.contenders import default_contenders
-from diplugin.surgery import load_weights, read_weights, save_weights
 from examples import cifar_resnet
 
 LEARNED = 35_000
@@ -47,21 +46,6 @@ def halved(data: Data) -> Data:
 
 def _halved(x: Tensor) -> Tensor:
     return torch.nn.functional.avg_pool2d(x.float(), 2).round().to(torch.uint8)
-
-
-def base(recipe: Recipe, data: Data, seed: int, folder: Path | None) -> nn.Module:
-    """An unpruned network, from the folder or trained."""
-    path = folder and folder / f"resnet20-16px-{recipe.epochs}-{seed}.safetensors"
-    torch.manual_seed(seed)
-    model = cifar_resnet.resnet20()
-    if path is not None and path.exists():
-        load_weights(model, read_weights(path), str(path))
-        return model.eval()
-    recipe.train(model, *data.training(0, recipe.images), seed)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_weights(model, path)
-    return model.eval()
 
 
 def against(rows: Sequence[Row], fraction: float) -> dict[str, list[float]]:
@@ -93,7 +77,8 @@ def main() -> None:
     everybody = [*chosen(default_contenders(compress=False), "local"), *orders()]
     wanted = list(chosen(everybody, args.only or f"{YARDSTICK};DI"))
     for seed in (int(seed) for seed in args.seeds.split(",")):
-        model = base(learning, data, seed, args.bases)
+        kept = args.bases and args.bases / f"resnet20-16px-{learning.epochs}-{seed}.safetensors"
+        model = from_scratch(cifar_resnet.resnet20, learning, *data.training(0, learning.images), seed, kept)
         bench = Bench(setting, data, model, book, data.holdout(len(data.held[1])), Cuts(None, lambda m=model: m))
         bench.run(wanted, [seed])
     for fraction in fractions:

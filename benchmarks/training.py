@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diplugin.recovery.losses import teacher_loss
 from diplugin.sources import draw_moves, flipped_and_shifted
+from diplugin.surgery import load_weights, read_weights, save_weights
 from diplugin.whole_files import writing_whole
 
 #: Steps before a capture: libraries choose their kernels and allocate in them.
@@ -225,6 +226,22 @@ def train_together(trainings: Sequence[Training], kept: Sequence[Path] | None = 
         training.model.eval()
     for path in files.values():
         path.unlink(missing_ok=True)
+
+
+def from_scratch(
+    make: Callable[[], nn.Module], recipe: Recipe, x: Tensor, y: Tensor, seed: int, kept: Path | None = None
+) -> nn.Module:
+    """A network in eval mode with the weights that are kept in a file, else trained, and kept there."""
+    torch.manual_seed(seed)
+    model = make()
+    if kept is not None and kept.exists():
+        load_weights(model, read_weights(kept), str(kept))
+        return model.eval()
+    recipe.train(model, x, y, seed)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(model, kept)
+    return model
 
 
 def _wait() -> None:

@@ -102,3 +102,11 @@ def allowed_widths(group: ChannelGroup, costs: Sequence[CostModel], limits: Sear
 def exceeds(model: CostModel, limit: float, estimate: float, widths: Mapping[str, int]) -> bool:
     """Whether a cost is over its limit; sums of changes carry rounding, so near the limit it is computed afresh."""
     return (estimate if abs(estimate - limit) > 1e-9 * limit else model.cost(widths)) > limit
+
+
+def hold_after(
+    limits: Sequence[Limit], widths: Mapping[str, int], costs: Mapping[str, float], group: str, width: int
+) -> bool:
+    """Whether every limit holds once a group goes to this width, from widths and what they cost."""
+    after = {**widths, group: width}
+    return not any(exceeds(m, limit, costs[m.name] + m.change(widths, group, width), after) for m, limit in limits)

@@ -6,10 +6,7 @@ lies between two steps of a staircase, no single group has room, and two of them
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-from .problem import Limit, exceeds
+from .problem import hold_after
 from .structure import LOOK_AHEAD, Structure
 
 #: Least share of the loss that an exchange saves: losses are estimates, and none is as good as this.
@@ -49,44 +46,26 @@ def exchange(structure: Structure) -> bool:
     for name in structure.groups:
         for width in structure.wider(name)[:LOOK_AHEAD]:
             undone = -structure.loss_of(name, width)
-            if undone <= best:
-                continue
-            widened = _Widened.of(structure, name, width)
-            for other in structure.groups:
-                found = None if other == name else _payment(widened, other, undone - best)
-                if found is not None:
-                    best, pair = undone - structure.loss_of(other, found), {other: found, name: width}
-    for name, width in (pair or {}).items():
+            payer = _payer(structure, name, width, undone - best)
+            if payer is not None:
+                best, pair = undone - structure.loss_of(*payer), (payer, (name, width))
+    for name, width in pair or ():
         structure.set_width(name, width)
     return pair is not None
 
 
-@dataclass(frozen=True)
-class _Widened:
-    """A structure as it would be with one group wider: asked for many ways to pay for it."""
-
-    structure: Structure
-    widths: Mapping[str, int]
-    costs: Sequence[tuple[Limit, float]]
-
-    @classmethod
-    def of(cls, structure: Structure, name: str, width: int) -> _Widened:
-        costs = [((m, limit), structure.now[m.name] + m.change(structure.widths, name, width))
-                 for m, limit in structure.limits]  # fmt: skip
-        return cls(structure, {**structure.widths, name: width}, costs)
-
-    def fits(self, other: str, width: int) -> bool:
-        """Whether every budget holds once the other group has this width."""
-        after = {**self.widths, other: width}
-        return not any(exceeds(m, limit, cost + m.change(self.widths, other, width), after)
-                       for (m, limit), cost in self.costs)  # fmt: skip
-
-
-def _payment(widened: _Widened, other: str, most: float) -> int | None:
-    """The widest width of the other group at which all budgets hold, if that loses less than `most`."""
-    for width in widened.structure.near_and_far(other):
-        if widened.structure.loss_of(other, width) >= most:
-            return None
-        if widened.fits(other, width):
-            return width
-    return None
+def _payer(structure: Structure, name: str, width: int, most: float) -> tuple[str, int] | None:
+    """The other group, and its width, by which all budgets hold with the group wider at the least loss below `most`."""
+    if most <= 0:
+        return None
+    widths = {**structure.widths, name: width}
+    costs = {m.name: structure.now[m.name] + m.change(structure.widths, name, width) for m, _ in structure.limits}
+    found = None
+    for other in (other for other in structure.groups if other != name):
+        for narrower in structure.near_and_far(other):
+            if structure.loss_of(other, narrower) >= most:
+                break
+            if hold_after(structure.limits, widths, costs, other, narrower):
+                most, found = structure.loss_of(other, narrower), (other, narrower)
+                break
+    return found

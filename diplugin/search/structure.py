@@ -10,7 +10,7 @@ from ..costs import CostModel
 from ..network import NetworkTrace
 from ..plan import PathPoint, PlannedCost, PruningPlan
 from .curves import Scorer
-from .problem import Limit, SearchLimits, allowed_widths, exceeds
+from .problem import Limit, SearchLimits, allowed_widths, exceeds, hold_after
 
 #: Widths looked at on each side: so many next ones, and about as many further down.
 LOOK_AHEAD = 12
@@ -82,10 +82,7 @@ class Structure:
 
     def fits(self, name: str, width: int) -> bool:
         """Whether every budget holds with the group at this width."""
-        after = {**self.widths, name: width}
-        return not any(
-            exceeds(m, limit, self.now[m.name] + m.change(self.widths, name, width), after) for m, limit in self.limits
-        )
+        return hold_after(self.limits, self.widths, self.now, name, width)
 
     def set_width(self, name: str, width: int) -> None:
         self.loss += self.loss_of(name, width)
