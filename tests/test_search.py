@@ -63,7 +63,7 @@ def test_one_budget_against_brute_force(problem: tuple[NetworkTrace, dict[str, T
     try:
         plan = search(trace, scores, [cost], [Budget("macs", fraction=fraction)])
     except InfeasibleBudget:
-        assert optimum == math.inf
+        assert best_loss(trace, scores, [(cost, limit)]) == math.inf
         return
     assert cost.cost(plan.widths) <= limit
     assert plan.costs["macs"].predicted == cost.cost(plan.widths)
@@ -87,7 +87,7 @@ def test_several_budgets_hold_at_once(
     try:
         plan = search(trace, scores, costs, budgets)
     except InfeasibleBudget:
-        assert best_loss(trace, scores, limits, slack=1e-12) == math.inf
+        assert best_loss(trace, scores, limits) == math.inf
         return
     assert all(cost.cost(plan.widths) <= limit * (1 + 1e-12) for cost, limit in limits)
     assert_nothing_more_fits(plan, trace, limits)
@@ -96,6 +96,7 @@ def test_several_budgets_hold_at_once(
 @settings(max_examples=60)
 @given(problem=problems, fraction=st.floats(0.2, 1.0), step=st.integers(2, 5), bump=st.floats(0.0, 3.0))
 @example(problem=made_up([(5, 1), (8, 1), (5, 1)], 1581), fraction=0.625, step=4, bump=0.5)  # 5 is over, 8 is not
+@example(problem=made_up([(2, 1)], 0), fraction=0.9999999999999999, step=2, bump=0.0)  # over by a rounding error
 def test_staircases_and_bumps_are_crossed(
     problem: tuple[NetworkTrace, dict[str, Tensor]], fraction: float, step: int, bump: float
 ) -> None:
@@ -103,11 +104,10 @@ def test_staircases_and_bumps_are_crossed(
     trace, scores = problem
     cost = staircase(trace, step, bump)
     limit = fraction * cost.base
-    optimum = best_loss(trace, scores, [(cost, limit)], slack=1e-12)
     try:
         plan = search(trace, scores, [cost], [Budget("latency_ms", fraction=fraction)])
     except InfeasibleBudget:
-        assert optimum == math.inf
+        assert best_loss(trace, scores, [(cost, limit)]) == math.inf
         return
     assert cost.cost(plan.widths) <= limit * (1 + 1e-12)
     for g in trace.prunable:
@@ -127,7 +127,7 @@ def test_a_maximum_with_ties_is_brought_down(problem: tuple[NetworkTrace, dict[s
     try:
         plan = search(trace, scores, [cost], [Budget("memory_mb", fraction=fraction)])
     except InfeasibleBudget:
-        assert best_loss(trace, scores, [(cost, limit)], slack=1e-12) == math.inf
+        assert best_loss(trace, scores, [(cost, limit)]) == math.inf
         return
     assert cost.cost(plan.widths) <= limit
 
