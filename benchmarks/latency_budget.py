@@ -35,9 +35,11 @@ from diplugin.groups import remove_channels
 from diplugin.latency import measure_onnx, profile_here
 from diplugin.latency.graphs import export_bytes
 from diplugin.network import NetworkTrace, trace_network
+from diplugin.plan import PruningPlan
 from diplugin.recovery import recalibrate_batchnorm
 from diplugin.scoring import score_groups
 from diplugin.search import ExactSearch, FixedScores, GreedySearch, Search, greedy_search
+from diplugin.strategies import search_by_clock
 from diplugin.surgery import apply_plan
 
 FRACTIONS = (0.7, 0.5)
@@ -103,26 +105,24 @@ class Bench:
             path.write_bytes(export_bytes(model, self.inputs, ["x"]))
             return measure_onnx(path).latency_ms
 
-    def searched(self, cost: Any, limit: float) -> nn.Module:
-        """DI's greedy search under one budget, cut."""
+    def plan(self, cost: CostModel, limit: float) -> PruningPlan:
+        """DI's greedy search under one budget."""
         scorer = FixedScores(self.trace.prunable, self.scores)
-        plan = greedy_search(self.trace, scorer, [cost], [Budget(cost.name, limit=limit)])
+        return greedy_search(self.trace, scorer, [cost], [Budget(cost.name, limit=limit)])
+
+    def cut(self, plan: PruningPlan) -> nn.Module:
         return apply_plan(copy.deepcopy(self.model), plan, self.inputs)
 
     def by_macs(self, fraction: float) -> nn.Module:
-        return self.searched(self.macs, fraction * self.macs.base)
+        return self.cut(self.plan(self.macs, fraction * self.macs.base))
 
     def by_latency(self, fraction: float) -> nn.Module:
-        """As `compress` does on the device itself: search, time the cut net, and search tighter while it is over."""
-        asked = limit = fraction * self.base_ms
-        model = self.searched(self.latency, limit)
-        for _ in range(3):
-            measured = self.measure(model)
-            if measured <= asked:
-                break
-            limit *= 0.995 * asked / measured
-            model = self.searched(self.latency, limit)
-        return model
+        """As `compress` does on the device itself: by the table, then by the clock."""
+        limit = fraction * self.base_ms
+        plan = search_by_clock(
+            lambda aim: self.plan(self.latency, aim), lambda plan: self.measure(self.cut(plan)), limit, limit
+        )
+        return self.cut(plan)
 
     def uniform(self, fraction: float) -> nn.Module:
         """Every group keeps the same fraction of its channels, the ones with the largest DI scores."""

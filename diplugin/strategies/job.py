@@ -116,7 +116,7 @@ class Job:
             return search([*others, Budget("latency_ms", limit=aim_ms)])
 
         def milliseconds(plan: PruningPlan) -> float:
-            return self.measure.milliseconds(apply_plan(copy.deepcopy(self.model), plan, self.measure.inputs)) or 0.0
+            return self.measure.milliseconds(apply_plan(copy.deepcopy(self.model), plan, self.measure.inputs)) or limit
 
         aim = limit * (1 - min(0.2, spare))
         if not self.measure.local:

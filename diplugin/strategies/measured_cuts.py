@@ -124,7 +124,7 @@ class Descent:
     found: Wish | None = field(default=None, init=False)
 
     def plan(self, budgets: Sequence[Budget]) -> PruningPlan:
-        """The plan for these budgets. Asked again (by the clock, for a little less), the proportions stay as found.
+        """The plan for these budgets. Asked again (by the clock, for less or more), the proportions stay as found.
 
         Raises:
             InfeasibleBudget: no structure within reach meets the budgets.
