@@ -119,10 +119,11 @@ class Bench:
     def by_latency(self, fraction: float) -> nn.Module:
         """As `compress` does on the device itself: by the table, then by the clock."""
         limit = fraction * self.base_ms
-        plan = search_by_clock(
-            lambda aim: self.plan(self.latency, aim), lambda plan: self.measure(self.cut(plan)), limit, limit
-        )
-        return self.cut(plan)
+
+        def aimed(ms: float) -> PruningPlan:
+            return self.plan(self.latency, ms)
+
+        return self.cut(search_by_clock(aimed(limit), aimed, lambda plan: self.measure(self.cut(plan)), limit))
 
     def uniform(self, fraction: float) -> nn.Module:
         """Every group keeps the same fraction of its channels, the ones with the largest DI scores."""

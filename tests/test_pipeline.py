@@ -10,20 +10,18 @@ import pytest
 import torch
 from bars import INPUTS
 from small_runs import compress, make_net, seen, trained_net, unseen
+from small_tables import timed_by_macs
 
 import diplugin
 from diplugin.accuracy import accuracy
 from diplugin.costs import macs
-from diplugin.costs.latency import timed_layers
 from diplugin.latency.device import device_model
-from diplugin.latency.grid import group_grids, layer_keys
 from diplugin.latency.noted import planned_elsewhere, planned_threads
 from diplugin.measurements import Measure
 from diplugin.network import trace_network
 from diplugin.onnx_inference import run_onnx
 from diplugin.recovery import FineTuning, Recalibrate
 from diplugin.search import ExactSearch
-from diplugin.tables import Alignment, Calibration, Entry, LatencyTable, Setting
 
 pytestmark = pytest.mark.usefixtures("brief_timing")
 
@@ -104,12 +102,8 @@ def test_the_search_can_be_chosen(tmp_path: Path) -> None:
 
 def test_a_run_tells_what_its_table_was_timed_on(not_exported: None) -> None:
     """A later measurement needs to know whether it runs on the same device, with as many threads."""
-    trace, alignment = trace_network(trained_net(), INPUTS), Alignment(2, 2)
-    widths = group_grids(trace, alignment)
-    keys = {key for layer in timed_layers(trace) for key in layer_keys(layer, widths, trace.base_widths)}
-    setting = Setting("onnxruntime", "1", "CPUExecutionProvider", "all", 4)
-    table = LatencyTable("made-up", "a Pi", setting, tuple(Entry(key, key.macs * 1e-5, 1.0, 1.0, 0.0) for key in keys),
-                         alignment=alignment, calibration=Calibration(1, 0, 12, 0.01, 0.03, 1))  # fmt: skip
+    table = timed_by_macs(trained_net(), INPUTS)
+    table = replace(table, device="a Pi", setting=replace(table.setting, threads=4))
     metrics, here = (
         compress(trained_net(), seen(), latency_table=known, repairs=(Recalibrate(),)).metrics
         for known in (table, replace(table, provenance={"device": device_model()}))

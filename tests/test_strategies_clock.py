@@ -39,7 +39,8 @@ class Device:
 
     def plan(self, limit_ms: float, aim_ms: float) -> float:
         """What is predicted of the plan that is found."""
-        return search_by_clock(self.search, self.milliseconds, limit_ms, aim_ms).costs["latency_ms"].predicted
+        found = search_by_clock(self.search(aim_ms), self.search, self.milliseconds, limit_ms)
+        return found.costs["latency_ms"].predicted
 
 
 def test_a_true_table_is_asked_once() -> None:
@@ -49,7 +50,7 @@ def test_a_true_table_is_asked_once() -> None:
 
 def test_an_optimistic_table_is_corrected() -> None:
     device, lines = Device(lambda predicted: 1.3 * predicted), list[str]()
-    plan = search_by_clock(device.search, device.milliseconds, 5.0, 5.0, lines.append)
+    plan = search_by_clock(device.search(5.0), device.search, device.milliseconds, 5.0, lines.append)
     assert device.clock(plan.costs["latency_ms"].predicted) <= 5.0
     assert len(device.asked) == 2 and len(lines) == 2
 
@@ -79,9 +80,22 @@ def test_a_clock_that_never_agrees_ends() -> None:
     assert len(device.asked) == 4 and device.asked == sorted(device.asked, reverse=True)
 
 
-def test_what_cannot_be_met_is_said() -> None:
-    with pytest.raises(InfeasibleBudget):
+def test_what_cannot_be_met_is_said_in_the_numbers_asked_for() -> None:
+    with pytest.raises(InfeasibleBudget, match="runs in 5 ms, the last one within reach took 999 ms"):
         Device(lambda _: 999.0).plan(5.0, 5.0)
+
+
+def test_a_wider_plan_that_cannot_be_found_loses_nothing() -> None:
+    """Two budgets together may be out of a greedy search's reach where the tighter ones were within it."""
+    device = Device(lambda predicted: 0.5 * predicted)
+
+    def search(aim_ms: float) -> PruningPlan:
+        if aim_ms > 5.0:
+            raise InfeasibleBudget("expected a latency within reach")
+        return device.search(aim_ms)
+
+    first = search(5.0)
+    assert search_by_clock(first, search, device.milliseconds, 5.0) is first
 
 
 @given(st.lists(st.floats(0.5, 3.0), min_size=CHANNELS, max_size=CHANNELS), st.floats(1.0, 9.0))

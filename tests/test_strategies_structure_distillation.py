@@ -12,14 +12,13 @@ import pytest
 import torch
 from bars import INPUTS, bars, make_bars_net, trained_on_bars
 from safetensors.torch import load_file
+from small_tables import timed_by_macs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import diplugin
 from diplugin.costs import macs, params
-from diplugin.costs.latency import timed_layers
 from diplugin.errors import BudgetError, DataError, InfeasibleBudget, PlanError, UserError
-from diplugin.latency.grid import group_grids, layer_keys
 from diplugin.measurements import Measure
 from diplugin.network import trace_network
 from diplugin.plan import PruningPlan
@@ -33,7 +32,7 @@ from diplugin.recovery import (
 from diplugin.scoring import score_groups
 from diplugin.search import FixedScores, greedy_search
 from diplugin.strategies import Geometric, Linear, StructureDistillation
-from diplugin.tables import Alignment, Calibration, Entry, LatencyTable, Setting
+from diplugin.tables import LatencyTable
 
 pytestmark = pytest.mark.usefixtures("nothing_is_exported")
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
@@ -287,15 +286,7 @@ def test_a_strategy_of_another_kind(trained: nn.Module, loader: Any) -> None:
 
 @pytest.fixture(scope="module")
 def table(trained: nn.Module) -> LatencyTable:
-    """Of an imaginary device on which everything takes as long as its MACs."""
-    trace, alignment = trace_network(trained, INPUTS), Alignment(2, 2)
-    grid = group_grids(trace, alignment)
-    keys = {key for layer in timed_layers(trace) for key in layer_keys(layer, grid, trace.base_widths)}
-    entries = tuple(Entry(key, key.macs * 1e-5 + 0.001, 1.0, 1.0, 0.0) for key in sorted(keys))
-    setting = Setting("onnxruntime", "1.32.0", "CPUExecutionProvider", "all", 1)
-    return LatencyTable(
-        "made-up", "device", setting, entries, (), alignment, 0.02, Calibration(1, 0, 12, 0.01, 0.03, 1)
-    )
+    return timed_by_macs(trained, INPUTS)
 
 
 def test_latency_and_macs_at_once(trained: nn.Module, loader: Any, table: LatencyTable) -> None:

@@ -1,4 +1,4 @@
-"""Search by the clock: predict, cut, time, and aim lower or higher until the budget is met, and used, as measured.
+"""Search by the clock: cut, time, and aim lower or higher until the budget is met, and used, as measured.
 
 A table's prediction is off by a few per cent, and by more where a runtime has its likes; where the device is at hand,
 the structure itself can be timed before any effort is spent on recovering it. Where it takes too long, the next plan
@@ -10,54 +10,62 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from ..errors import InfeasibleBudget
 from ..plan import PruningPlan
 
 _ATTEMPTS = 4
-_TO_SPARE = 0.99
-#: Share of the budget from which on it counts as used: what is nearer is left to the clock's own noise.
-_USED = 0.95
+#: Share of the budget from which on it counts as used. What is aimed at lies between that and the whole: a clock that
+#: is read again differs by a few per cent.
+_USED, _AIM = 0.95, 0.97
 
 
 def search_by_clock(
+    first: PruningPlan,
     search: Callable[[float], PruningPlan],
     milliseconds: Callable[[PruningPlan], float],
     limit_ms: float,
-    aim_ms: float,
     log: Callable[[str], None] = lambda _: None,
 ) -> PruningPlan:
     """The widest plan of four at most whose network runs within `limit_ms` as timed; the last one if none does.
 
     Args:
+        first: the plan to begin with.
         search: the plan for a predicted latency in ms.
         milliseconds: times a plan's network.
         limit_ms: what the clock must show at most.
-        aim_ms: predicted latency to begin with.
 
     Raises:
-        InfeasibleBudget: no plan has been in time, and `search` has none for what the clock asks.
+        InfeasibleBudget: no plan has been in time, and there is none for what the clock asks.
     """
-    within: PruningPlan | None = None
-    over_ms = math.inf
-    for _ in range(_ATTEMPTS):
-        plan = search(aim_ms)
-        predicted = plan.costs["latency_ms"].predicted
-        if within is not None and predicted <= within.costs["latency_ms"].predicted:
-            break
-        measured = milliseconds(plan)
+    plan, within, over_ms = first, None, math.inf
+    for attempt in range(1, _ATTEMPTS + 1):
+        predicted, measured = _predicted(plan), milliseconds(plan)
         log(f"latency predicted {predicted:.4g} ms, measured {measured:.4g} ms")
         if measured > limit_ms:
             over_ms = min(over_ms, predicted)
         else:
             within = plan
-            if measured >= _USED * limit_ms:
+        if _USED * limit_ms <= measured <= limit_ms or attempt == _ATTEMPTS:
+            break
+        try:
+            other = search(_next_aim(predicted * _AIM * limit_ms / measured, within, over_ms))
+        except InfeasibleBudget as error:
+            if within is not None:
                 break
-        aim_ms = _next_aim(predicted * _TO_SPARE * limit_ms / measured, within, over_ms)
+            raise InfeasibleBudget(f"expected a structure that runs in {limit_ms:.4g} ms, the last one within reach "
+                                   f"took {measured:.4g} ms; {error}") from error  # fmt: skip
+        if within is not None and _predicted(other) <= _predicted(within):
+            break
+        plan = other
     return plan if within is None else within
+
+
+def _predicted(plan: PruningPlan) -> float:
+    return plan.costs["latency_ms"].predicted
 
 
 def _next_aim(proposed_ms: float, within: PruningPlan | None, over_ms: float) -> float:
     """What the clock proposes, or halfway between what was in time and what was over if it lies outside."""
-    if within is None:
+    if within is None or _predicted(within) < proposed_ms < over_ms:
         return proposed_ms
-    within_ms = within.costs["latency_ms"].predicted
-    return proposed_ms if within_ms < proposed_ms < over_ms else (within_ms + over_ms) / 2
+    return (_predicted(within) + over_ms) / 2

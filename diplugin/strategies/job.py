@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..boundary import GuardedLoader
 from ..costs import Budget, CostModel
-from ..errors import PlanError
+from ..errors import InfeasibleBudget, PlanError
 from ..holdout import Split
 from ..measurements import Measure
 from ..network import NetworkTrace
@@ -69,6 +69,17 @@ class Job:
             return limit
         return min(limit, budget.fraction * self.unpruned_ms)
 
+    @property
+    def asked(self) -> tuple[Budget, ...]:
+        """The budgets as plans must meet them: latency in ms, see `limit`."""
+        if not self._predicts_latency:
+            return self.budgets  # for the search to refuse, if there is one on latency
+        return tuple(Budget(b.cost, limit=self.limit(b)) if b.cost == "latency_ms" else b for b in self.budgets)
+
+    @property
+    def _predicts_latency(self) -> bool:
+        return any(c.name == "latency_ms" for c in self.costs)
+
     def plan(self, search: Search) -> PruningPlan:
         """The plan for the job's budgets, kept in the run folder; a run taken up again finds it there.
 
@@ -106,11 +117,10 @@ class Job:
 
     def search(self, search: Search) -> PruningPlan:
         """The plan for the job's budgets, latency with something to spare and by the clock if there is one here."""
-        table, others = self.measure.table, [b for b in self.budgets if b.cost != "latency_ms"]
-        if len(others) == len(self.budgets) or not any(c.name == "latency_ms" for c in self.costs):
+        others = [b for b in self.budgets if b.cost != "latency_ms"]
+        if len(others) == len(self.budgets) or not self._predicts_latency:
             return search(self.budgets)
         limit = min(self.limit(b) for b in self.budgets if b.cost == "latency_ms")
-        spare = table.calibration.mape if table is not None and table.calibration is not None else 0.0
 
         def aimed(aim_ms: float) -> PruningPlan:
             return search([*others, Budget("latency_ms", limit=aim_ms)])
@@ -118,10 +128,19 @@ class Job:
         def milliseconds(plan: PruningPlan) -> float:
             return self.measure.milliseconds(apply_plan(copy.deepcopy(self.model), plan, self.measure.inputs)) or limit
 
-        aim = limit * (1 - min(0.2, spare))
+        plan = self._with_spare(aimed, limit)
         if not self.measure.local:
-            return aimed(aim)
-        return search_by_clock(aimed, milliseconds, limit, aim, self.folder.log)
+            return plan
+        return search_by_clock(plan, aimed, milliseconds, limit, self.folder.log)
+
+    def _with_spare(self, aimed: Callable[[float], PruningPlan], limit_ms: float) -> PruningPlan:
+        """The plan that spares the table's error, or where none can the one that spares nothing."""
+        table = self.measure.table
+        spare = table.calibration.mape if table is not None and table.calibration is not None else 0.0
+        try:
+            return aimed(limit_ms * (1 - min(0.2, spare)))
+        except InfeasibleBudget:
+            return aimed(limit_ms)
 
     def train(
         self, model: nn.Module, plan: PruningPlan, settings: FineTuning, *, seed: int, checkpoint: Path,

@@ -79,7 +79,7 @@ class StructureDistillation:
         """
         steps, standing = Steps(job), Standing.first(job)
         if steps.plan(1) is None:  # a run taken up again has passed this
-            once.search(job.trace, scores, job.costs, job.budgets)
+            once.search(job.trace, scores, job.costs, job.asked)
         for step in range(1, self.schedule.steps + 1):
             if not steps.done(step):
                 torch.manual_seed(_seed(job, step))
