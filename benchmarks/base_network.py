@@ -31,13 +31,16 @@ def main() -> None:
     parser.add_argument("--compile", dest="compiled", action="store_true", help="train compiled")
     parser.add_argument("--quick", action="store_true", help="one epoch on 2,000 images")
     args = parser.parse_args()
+    path = args.out / f"cifar10_{args.net}.safetensors"
+    if path.exists():
+        parser.error(f"expected a folder without weights of {args.net}, got {args.out}: published ones would be lost")
     data = Data.read(args.data)
     images, epochs = (2_000, 1) if args.quick else (len(data.train[1]), args.epochs)
     recipe = Recipe(epochs=epochs, images=images, lr=0.1, compiled=args.compiled)
     model = from_scratch(getattr(cifar_resnet, args.net), recipe, *data.training(0, images), args.seed)
     print(f"{args.net}: {100 * accuracy(model, data.holdout()):.2f} % of the holdout after {epochs} epochs")
     args.out.mkdir(parents=True, exist_ok=True)
-    save_weights(model, args.out / f"cifar10_{args.net}.safetensors")
+    save_weights(model, path)
 
 
 if __name__ == "__main__":
