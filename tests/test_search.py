@@ -75,13 +75,18 @@ def test_one_budget_against_brute_force(problem: tuple[NetworkTrace, dict[str, T
     assert optimum - 1e-9 <= got <= 2 * optimum + 2 * worst_unit
 
 
-@settings(max_examples=40)
-@given(problem=problems, fractions=st.tuples(st.floats(0.2, 1.0), st.floats(0.2, 1.0)), step=st.integers(2, 4))
+@settings(max_examples=60)
+@given(problem=problems, fractions=st.tuples(st.floats(0.2, 1.0), st.floats(0.2, 1.0)), step=st.integers(2, 5),
+       bump=st.floats(0.0, 3.0))  # fmt: skip
+@example(problem=made_up([(5, 1), (8, 1)], 672), fractions=(0.33, 0.95), step=5, bump=2.0)  # (1, 5) and (5, 1) alone
+@example(problem=made_up([(8, 2), (5, 1), (6, 3)], 1231), fractions=(0.39, 0.93), step=5, bump=2.0)
+@example(problem=made_up([(5, 1), (5, 1), (6, 3)], 2690), fractions=(0.61, 0.48), step=3, bump=0.5)
 def test_several_budgets_hold_at_once(
-    problem: tuple[NetworkTrace, dict[str, Tensor]], fractions: tuple[float, float], step: int
+    problem: tuple[NetworkTrace, dict[str, Tensor]], fractions: tuple[float, float], step: int, bump: float
 ) -> None:
+    """Wherever some structure meets both, also where MACs lead down to widths at which latency is over."""
     trace, scores = problem
-    costs = [chain(trace), staircase(trace, step, bump=0.0)]
+    costs = [chain(trace), staircase(trace, step, bump)]
     limits = [(cost, f * cost.base) for cost, f in zip(costs, fractions, strict=True)]
     budgets = [Budget(cost.name, fraction=f) for cost, f in zip(costs, fractions, strict=True)]
     try:

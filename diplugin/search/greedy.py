@@ -6,7 +6,8 @@ with each, cost models say what that frees, and a `Scorer` may bring fresh curve
 Each step looks, in every group, over the widths that may come next and takes the one with the least loss per cost
 freed, where cost means the budgets still violated, each as a share of what it is over. Looking over many widths at
 once is what carries the search across plateaus and bumps of a measured latency: a step that frees nothing is never
-taken, one that ends beyond the plateau is. When all budgets hold, what was given up in vain is undone (`refinement`).
+taken, one that ends beyond the plateau is. Where no step frees anything, wider groups may still help (`restoration`).
+When all budgets hold, what was given up in vain is undone (`refinement`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..plan import PruningPlan
 from .curves import Scorer
 from .problem import Limit, SearchLimits, check_prunable, limits_of
 from .refinement import refine
+from .restoration import restore
 from .structure import Structure
 
 
@@ -44,7 +46,7 @@ def greedy_search(
 
     Raises:
         BudgetError: no budget, or one on a cost that no model knows.
-        InfeasibleBudget: even the narrowest structure is over a budget; the message names its cost.
+        InfeasibleBudget: every structure found is over a budget; the message names the costs of the cheapest.
         ModelError: no group can be pruned.
     """
     check_prunable(trace)
@@ -53,9 +55,10 @@ def greedy_search(
     descent = _Descent(structure)
     while structure.violated():
         move = descent.best_move()
-        if move is None:
+        if move is not None:
+            descent.take(*move)
+        elif not restore(structure):
             raise _infeasible(structure, budgets)
-        descent.take(*move)
         path.append(structure.point())
     refine(structure)
     path.append(structure.point())
@@ -73,8 +76,8 @@ def _infeasible(structure: Structure, budgets: Sequence[Budget]) -> InfeasibleBu
     reached = ", ".join(f"{m.name} {structure.now[m.name]:.6g} (asked {limit:.6g})" for m, limit in structure.limits)
     tightest = min(structure.widths, key=lambda n: structure.widths[n])
     return InfeasibleBudget(
-        f"no structure within reach meets {' and '.join(map(str, budgets))}: the cheapest one found has {reached}, "
-        f"with every group at its floor (narrowest: {tightest} with {structure.widths[tightest]} channels); "
+        f"no structure within reach meets {' and '.join(map(str, budgets))}: the cheapest one found has {reached} "
+        f"(narrowest group: {tightest} with {structure.widths[tightest]} channels); "
         f"relax the budget or lower the floor of {structure.options.floor:g}"
     )
 

@@ -62,14 +62,17 @@ class Structure:
 
     def near_and_far(self, name: str) -> list[int]:
         """Narrower widths, near ones one by one, far ones ever more sparsely: those only serve to cross plateaus."""
-        below = self.narrower(name)
-        return [*below[:LOOK_AHEAD], *below[LOOK_AHEAD :: max(1, len(below) // LOOK_AHEAD)]]
+        return _near_and_far(self.narrower(name))
 
     def wider(self, name: str) -> list[int]:
         """Allowed widths above the present one, ascending, up to what this search has removed."""
         allowed, here = self._allowed[name], self.widths[name]
         reach = here + self.gone[name] * self.groups[name].blocks
         return [w for w in allowed[bisect_left(allowed, here) :] if here < w <= reach]
+
+    def wider_near_and_far(self, name: str) -> list[int]:
+        """Wider widths, thinned as narrower ones are."""
+        return _near_and_far(self.wider(name))
 
     def loss_of(self, name: str, width: int) -> float:
         """What is lost when a group goes to a narrower width; negative: undone at a wider one."""
@@ -106,3 +109,7 @@ class Structure:
         thin = max(1, len(path) // 100)
         shown = (*path[:-1:thin], path[-1])
         return PruningPlan(kept, {n: g.channels for n, g in self.groups.items()}, costs, self.trace.inputs, shown)
+
+
+def _near_and_far(widths: Sequence[int]) -> list[int]:
+    return [*widths[:LOOK_AHEAD], *widths[LOOK_AHEAD :: max(1, len(widths) // LOOK_AHEAD)]]
