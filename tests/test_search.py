@@ -18,7 +18,7 @@ from made_up_searches import best_loss, chain, group, loss_of, made_up, problems
 from torch import Tensor
 
 from diplugin.costs import Budget, SeparableCost, Term, Widths
-from diplugin.errors import BudgetError, InfeasibleBudget, ModelError
+from diplugin.errors import BudgetError, DataError, InfeasibleBudget, ModelError
 from diplugin.network import NetworkTrace
 from diplugin.plan import PruningPlan
 from diplugin.search import FixedScores, LossCurve, SearchLimits, first_order_curve, greedy_search
@@ -280,6 +280,15 @@ def test_rescoring_with_unchanging_scores_changes_little() -> None:
     once = search(trace, scores, [chain(trace)], [Budget("macs", fraction=0.4)])
     often = search(trace, scores, [chain(trace)], [Budget("macs", fraction=0.4)], SearchLimits(0.0, 1, 0.05))
     assert loss_of(trace, scores, often.widths) <= 1.2 * loss_of(trace, scores, once.widths)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_no_numbers_are_refused(bad: float) -> None:
+    trace = trace_of(group("whole", 4), group("broken", 4))
+    scores = {"whole": torch.ones(4).double(), "broken": torch.tensor([0.1, bad, 0.2, 0.3]).double()}
+    with pytest.raises(DataError, match=r"group broken, got NaN or infinity for 1 of 4 channels") as caught:
+        search(trace, scores, [chain(trace)], [Budget("macs", fraction=0.5)])
+    assert "\n" not in str(caught.value)
 
 
 def test_first_order_curve() -> None:

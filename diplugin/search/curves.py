@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..errors import DataError
 from ..groups import ChannelGroup
 
 
@@ -49,10 +50,21 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class FixedScores:
-    """A `Scorer` whose scores never change: one pass over the unpruned network."""
+    """A `Scorer` whose scores never change: one pass over the unpruned network.
+
+    Raises:
+        DataError: a score that is NaN or infinite, of which no order and no sum means anything.
+    """
 
     groups: Sequence[ChannelGroup]
     scores: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        for group in self.groups:
+            bad = int((~self.scores[group.name].isfinite()).sum())
+            if bad:
+                raise DataError(f"expected finite scores for group {group.name}, got NaN or infinity for {bad} of "
+                                f"{group.channels} channels; check the model's weights and the data")  # fmt: skip
 
     def curves(self, kept: Mapping[str, Sequence[int]]) -> Mapping[str, LossCurve]:
         return {g.name: first_order_curve(g, self.scores[g.name], kept[g.name]) for g in self.groups}
