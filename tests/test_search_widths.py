@@ -13,7 +13,7 @@ from made_up_searches import chain, group, search, trace_of
 
 from diplugin.costs import Budget, SeparableCost, Term
 from diplugin.errors import BudgetError, InfeasibleBudget
-from diplugin.search import SearchLimits
+from diplugin.search import SearchLimits, allowed_widths
 
 
 def test_blocks_leave_as_whole_units() -> None:
@@ -73,11 +73,19 @@ def test_a_cost_model_names_the_widths_it_knows() -> None:
 
 
 def test_wide_groups_are_searched_in_steps() -> None:
-    """2,048 channels: still one at a time near the end, never above budget."""
+    """2,048 channels leave 16 at a time from the top to the floor, 1,000 leave 7 at a time, and the budget is met."""
     trace = trace_of(group("a", 2048), group("b", 1000))
     scores = {g.name: torch.rand(g.channels).double() for g in trace.prunable}
-    plan = search(trace, scores, [chain(trace)], [Budget("macs", fraction=0.37)], SearchLimits())
-    assert 0.35 < plan.costs["macs"].fraction <= 0.37
+    cost, limits = chain(trace), SearchLimits(floor=0.1)
+    for name, step in (("a", 16), ("b", 7)):
+        channels = trace.by_name[name].channels
+        steps = [channels - step * i for i in range(channels) if channels - step * i >= 0.1 * channels]
+        assert allowed_widths(trace.by_name[name], [cost], limits) == steps[::-1]
+    plan = search(trace, scores, [cost], [Budget("macs", fraction=0.37)], limits)
+    assert plan.costs["macs"].predicted == cost.cost(plan.widths) <= 0.37 * cost.base
+    assert (2048 - plan.widths["a"]) % 16 == 0 == (1000 - plan.widths["b"]) % 7
+    for name, step in (("a", 16), ("b", 7)):
+        assert cost.cost({**plan.widths, name: plan.widths[name] + step}) > 0.37 * cost.base
 
 
 @pytest.mark.parametrize("bad", [{"floor": -0.1}, {"floor": 1.1}, {"align": 0}, {"rescore_every": 2.0}])

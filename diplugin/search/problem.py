@@ -26,7 +26,8 @@ class SearchLimits:
     Attributes:
         floor: fraction of every group's channels that stay, whatever the budget (at least one unit).
         align: widths are multiples of this wherever a cost model does not say better.
-        rescore_every: ask the scorer again when this fraction of the first violated cost has gone; 0: never.
+        rescore_every: ask the scorer again whenever the largest of the limited costs, each as a share of what the
+            unpruned network costs, has fallen by more than this; 0: never.
     """
 
     floor: float = 0.1

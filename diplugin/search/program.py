@@ -144,11 +144,10 @@ def _adds_up(
 
 @dataclass(frozen=True)
 class Solution:
-    """What the solver says: widths (None if it found none), a lower bound on the loss, and whether none exist."""
+    """What the solver says: widths, None if it found none, and a lower bound on the loss."""
 
     widths: dict[str, int] | None
     bound: float
-    infeasible: bool = False
 
 
 class Program:
@@ -199,7 +198,7 @@ class Program:
         bound = getattr(found, "mip_dual_bound", None)
         bound = self.scale * float(bound) if bound is not None and np.isfinite(bound) else 0.0
         if found.x is None:
-            return Solution(None, bound, infeasible=found.status == 2)
+            return Solution(None, bound)
         widths = {}
         for g, choices in self.options.items():
             start = self._start[g]
