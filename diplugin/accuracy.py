@@ -23,9 +23,10 @@ def accuracy(
 ) -> float:
     """Fraction of images classified correctly, in eval mode; modes are as before afterwards.
 
-    Class ids [N] and one-hot targets [N, L] are compared with the largest logit, multi-label targets with the signs of
-    the logits, label by label; 0/1 targets are one-hot if every image of the data has one label. Where
-    `torch.distributed` is initialised every process runs some of the batches, and all get the same figure.
+    Class ids [N], one-hot targets [N, L] and soft labels (rows of probabilities) are compared with the largest logit,
+    multi-label targets with the signs of the logits, label by label; 0/1 targets are one-hot if every image of the data
+    has one label. Where `torch.distributed` is initialised every process runs some of the batches, and all get the
+    same figure.
 
     Raises:
         DataError: an empty loader, or labels that do not fit the outputs.
@@ -67,7 +68,7 @@ class Tally:
         else:
             largest = (logits.argmax(1) == labels.argmax(1)).sum()
             signs = ((logits > 0) == (labels > 0.5)).sum()
-            found = [largest, len(labels), signs, labels.numel(), (labels.sum(1) != 1).sum()]
+            found = [largest, len(labels), signs, labels.numel(), (~of_one_label(labels)).sum()]
         self.counts += torch.tensor([float(x) for x in found], dtype=torch.float64)
 
     @property
@@ -82,6 +83,15 @@ class Tally:
         if not total:
             raise DataError("expected a loader that yields images to judge by, got an empty one")
         return right / total
+
+
+def of_one_label(targets: Tensor) -> Tensor:
+    """Whether each row of targets [N, L] sums to one, as the probabilities of an image's one label do.
+
+    >>> of_one_label(torch.tensor([[0.9, 0.05, 0.05], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [-1.0, 2.0, 0.0]]))
+    tensor([ True,  True, False, False])
+    """
+    return (targets >= 0).all(1) & ((targets.float().sum(1) - 1).abs() <= 1e-3)  # rounded sums are one, too
 
 
 def check_fit(logits: Any, labels: Tensor) -> None:

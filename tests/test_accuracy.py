@@ -68,3 +68,14 @@ def test_what_cannot_be_judged() -> None:
         check_fit(LOGITS, torch.ones(4, 2))
     with pytest.raises(ModelError, match="one tensor of logits, got dict"):
         check_fit({"logits": LOGITS}, ids)
+
+
+def test_soft_labels_are_judged_by_their_largest_share() -> None:
+    """Whatever their sums round to: those of 0.1 seven times and 0.3 are not one in float32."""
+    ids = torch.tensor([0, 1, 2, 2])
+    for rest in (0.05, 0.1 / 3, 0.07):
+        soft = torch.full((4, 3), rest).scatter(1, ids[:, None], 1 - 2 * rest)
+        assert accuracy(Table(LOGITS), [(torch.arange(4), soft)]) == 3 / 4
+    rounded = torch.full((4, 8), 0.1).scatter(1, ids[:, None], 0.3)
+    wide = torch.cat([LOGITS, torch.full((4, 5), -9.0)], 1)
+    assert bool((rounded.sum(1) != 1).any()) and accuracy(Table(wide), [(torch.arange(4), rounded)]) == 3 / 4

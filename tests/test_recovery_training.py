@@ -44,6 +44,19 @@ def test_label_loss_by_the_kind_of_labels() -> None:
     real = torch.randn(6, 4).double()
     torch.testing.assert_close(label_loss(logits, real), F.mse_loss(logits, real.float()))
 
+    shares = torch.rand(6, 4)
+    assert label_loss(logits, shares) == F.mse_loss(logits, shares), "shares that do not sum to one"
+    assert label_loss(logits[:, :1], torch.full((6, 1), 0.9999)) > 0, "a column of its own is no choice"
+
+
+def test_soft_labels_are_probabilities_of_one_label() -> None:
+    """Rows summing to one up to rounding; smoothing takes its share of them for all labels alike."""
+    logits, soft = torch.randn(6, 4), torch.randn(6, 4, dtype=torch.float64).softmax(1)
+    by_hand = -(soft * logits.double().log_softmax(1)).sum(1).mean()
+    for labels in (soft, soft.float(), soft.half()):
+        torch.testing.assert_close(label_loss(logits, labels).double(), by_hand, rtol=2e-3, atol=0)
+    smoothed = -((0.8 * soft + 0.05) * logits.double().log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(label_loss(logits, soft, smoothing=0.2).double(), smoothed)
 
 def test_teacher_loss_is_the_divergence_by_hand() -> None:
     student, teacher = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)

@@ -5,14 +5,23 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..accuracy import of_one_label
+
 
 def label_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy for class ids [N], binary cross-entropy for 0/1 targets [N, L], squared error for real ones."""
+    """By the kind of labels.
+
+    Cross-entropy for class ids [N] and soft labels [N, L], whose rows are probabilities that sum to one (as mixed or
+    smoothed labels are); binary cross-entropy for 0/1 targets [N, L]; squared error for other real ones.
+    """
     if labels.ndim == 1 or labels.shape != logits.shape:
         return F.cross_entropy(logits, labels.long() if labels.ndim == 1 else labels, label_smoothing=smoothing)
     if bool(((labels == 0) | (labels == 1)).all()):
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-    return F.mse_loss(logits, labels.to(logits.dtype))
+    labels = labels.to(logits.dtype)
+    if labels.ndim == 2 and labels.shape[1] > 1 and bool(of_one_label(labels).all()):
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    return F.mse_loss(logits, labels)
 
 
 def teacher_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
