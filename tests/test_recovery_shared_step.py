@@ -100,6 +100,31 @@ except (DipluginError, KeyboardInterrupt, OSError) as error:
 """
 
 
+SINGLES = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from torch import nn
+from diplugin.errors import DipluginError
+from diplugin.recovery import FineTuning, train
+from diplugin.team import one_voice
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+x, y, losses = torch.randn(18, 6), torch.arange(18) % 3, []
+sizes = {"some": [8, 1, 8, 1], "only": [1, 1]}[sys.argv[2]]
+batches = list(zip(x[:sum(sizes)].split(sizes), y[:sum(sizes)].split(sizes)))
+try:
+    with one_voice() as team:
+        train(model, batches, FineTuning(epochs=2, momentum=0.0), on_epoch=lambda report: losses.append(report.loss))
+    state = {**model.state_dict(), "losses": torch.tensor(losses, dtype=torch.float64)}
+    save_file(state, Path(sys.argv[1]) / f"rank{team.rank}")
+except DipluginError as error:
+    print("said:", error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
 def close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
     assert one.keys() == two.keys()
     for name, value in one.items():
@@ -145,6 +170,24 @@ def test_a_process_that_stops_ends_all_with_one_message(
     said = [line for done in stopped for line in done.stderr.splitlines() if line.startswith("said:")]
     assert len(said) == 1
     assert message in said[0]
+
+
+@pytest.mark.slow
+def test_single_images_are_skipped_by_all_processes_alike(processes: Processes, tmp_path: Path) -> None:
+    found = {}
+    for size in (1, 2):
+        (tmp_path / f"of{size}").mkdir()
+        for rank, done in enumerate(processes(SINGLES, size, tmp_path / f"of{size}", "some")):
+            assert done.returncode == 0, done.stderr
+            found[size, rank] = load_file(tmp_path / f"of{size}" / f"rank{rank}")
+    assert len(found[1, 0]["losses"]) == 2
+    for rank in (0, 1):
+        close(found[1, 0], found[2, rank])
+    stopped = processes(SINGLES, 2, tmp_path, "only")
+    assert {done.returncode for done in stopped} == {2}
+    said = [line for done in stopped for line in done.stderr.splitlines() if line.startswith("said:")]
+    assert len(said) == 1
+    assert "two images or more to train BatchNorm with" in said[0]
 
 
 # --- without other processes ---

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,6 @@ def test_label_loss_by_the_kind_of_labels() -> None:
     assert label_loss(logits, multi) == F.binary_cross_entropy_with_logits(logits, multi.float())
     real = torch.randn(6, 4).double()
     torch.testing.assert_close(label_loss(logits, real), F.mse_loss(logits, real.float()))
-
     shares = torch.rand(6, 4)
     assert label_loss(logits, shares) == F.mse_loss(logits, shares), "shares that do not sum to one"
     assert label_loss(logits[:, :1], torch.full((6, 1), 0.9999)) > 0, "a column of its own is no choice"
@@ -57,6 +57,7 @@ def test_soft_labels_are_probabilities_of_one_label() -> None:
         torch.testing.assert_close(label_loss(logits, labels).double(), by_hand, rtol=2e-3, atol=0)
     smoothed = -((0.8 * soft + 0.05) * logits.double().log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(label_loss(logits, soft, smoothing=0.2).double(), smoothed)
+
 
 def test_teacher_loss_is_the_divergence_by_hand() -> None:
     student, teacher = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
@@ -222,12 +223,32 @@ def test_normalisation_and_biases_do_not_decay(make_net: MakeNet, make_images: A
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: FineTuning(epochs=0), lambda: FineTuning(lr=0.0), lambda: FineTuning(lr=math.nan),
-     lambda: Distillation(teacher_weight=1.5), lambda: Distillation(temperature=0.0)],
+    [lambda: Distillation(teacher_weight=1.5), lambda: Distillation(temperature=0.0),
+     lambda: Distillation(temperature=math.inf), lambda: Distillation(epochs=0)],
 )  # fmt: skip
-def test_settings_that_mean_nothing(make: Callable[[], FineTuning]) -> None:
+def test_settings_of_a_teacher_that_mean_nothing(make: Callable[[], FineTuning]) -> None:
     with pytest.raises(UserError):
         make()
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("epochs", (0, -1, 2.5, math.nan, "3", None)), ("lr", (0.0, -1.0, math.nan, math.inf, "0.1")),
+     ("momentum", (-0.1, 1.0, math.nan)), ("weight_decay", (-1.0, math.nan, math.inf)),
+     ("smoothing", (-0.1, 1.0, 2.0, math.nan)), ("warm_up", (-0.1, 1.1, math.nan))],
+)  # fmt: skip
+def test_settings_that_mean_nothing(name: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=f"expected {name} .*, got {value!r}"):
+            FineTuning(**{name: value})
+
+
+def test_settings_on_the_edge_are_taken(make_net: MakeNet, loader: Any) -> None:
+    """Also whole numbers of NumPy's, which searches over settings come with."""
+    numbers: Any = {"epochs": np.int64(1), "lr": np.float32(0.01)}
+    edge = FineTuning(**numbers, momentum=0.0, weight_decay=0.0, smoothing=0.0, warm_up=1.0)
+    model, _ = make_net("plain")
+    assert not same(train(copy.deepcopy(model), loader, edge), model)
 
 
 def test_a_loader_without_a_length_or_batches(make_net: MakeNet, make_images: Any) -> None:
@@ -249,3 +270,39 @@ def test_an_overflow_that_batchnorm_hides_from_the_loss_is_a_divergence() -> Non
         weight.data.mul_(1e25)  # a variance beyond float32, by which the layer behind divides
     with pytest.raises(DataError, match="lower the learning rate"):
         train(model, [(torch.randn(8, 1, 2, 2), torch.arange(8) % 2)], FineTuning(epochs=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batches_of_one_train_what_has_no_batchnorm(dtype: torch.dtype) -> None:
+    """A first step by hand: down the decayed gradient, with Nesterov momentum 1 + momentum times as far."""
+    x, y = torch.randn(1, 5, dtype=dtype), torch.tensor([2])
+    for momentum in (0.9, 0.0):
+        model = nn.Linear(5, 3).to(dtype)
+        w, b = (p.detach().clone() for p in model.parameters())
+        error = (x @ w.T + b).softmax(1) - F.one_hot(y, 3)
+        train(model, [(x, y)], FineTuning(epochs=1, lr=0.1, momentum=momentum, weight_decay=0.01))
+        torch.testing.assert_close(model.weight.detach(), w - 0.1 * (1 + momentum) * (error.T @ x + 0.01 * w))
+        torch.testing.assert_close(model.bias.detach(), b - 0.1 * (1 + momentum) * error[0])
+
+
+def test_single_images_are_left_out_of_the_loss_where_batchnorm_cannot_take_them(
+    make_net: MakeNet, make_images: Any
+) -> None:
+    model, _ = make_net("plain")
+    data = make_images(17)
+    with torch.no_grad():
+        expected = F.cross_entropy(copy.deepcopy(model).train()(data.images[:16]), data.labels[:16])
+    losses: list[float] = []
+    train(model, data.loader(16), FineTuning(epochs=1), on_epoch=lambda report: losses.append(report.loss))
+    assert losses == [pytest.approx(float(expected))], "the batch of 16, before its step"
+
+
+def test_training_that_could_not_take_a_step_is_said(
+    make_net: MakeNet, make_images: Any, state_of: Any, assert_same_state: Any
+) -> None:
+    model, _ = make_net("plain")
+    before, told = state_of(model), []
+    with pytest.raises(DataError, match="two images or more to train BatchNorm with, got none"):
+        train(model, make_images(5).loader(1), FineTuning(epochs=2), on_epoch=told.append)
+    assert_same_state(model, before)
+    assert not told

@@ -8,7 +8,8 @@ killed goes on as if it had not been.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ from ..whole_files import writing_whole
 from .losses import label_loss, teacher_loss
 from .shared_step import SharedStep
 
+#: What the numbers of a `FineTuning` may be.
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "epochs": ("as a whole number of 1 or more", lambda n: isinstance(n, numbers.Integral) and int(n) >= 1),
+    "lr": ("above 0 and finite", lambda x: 0 < x < math.inf),
+    "momentum": ("from 0 to below 1", lambda x: 0 <= x < 1),
+    "weight_decay": ("of 0 or more and finite", lambda x: 0 <= x < math.inf),
+    "smoothing": ("from 0 to below 1", lambda x: 0 <= x < 1),
+    "warm_up": ("from 0 to 1", lambda x: 0 <= x <= 1),
+}
+
 
 @dataclass(frozen=True)
 class FineTuning:
@@ -34,6 +45,9 @@ class FineTuning:
     Attributes:
         epochs: passes over the training data.
         lr: peak learning rate.
+
+    Raises:
+        UserError: a number that means nothing.
     """
 
     epochs: int = 10
@@ -46,8 +60,10 @@ class FineTuning:
     temperature: float = field(default=4.0, init=False)
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or not 0 < self.lr < math.inf:
-            raise UserError(f"expected epochs of 1 or more and a finite positive lr, got {self.epochs} and {self.lr}")
+        for name, (meaning, holds) in _RANGES.items():
+            value = getattr(self, name)
+            if not (isinstance(value, numbers.Real) and holds(value)):
+                raise UserError(f"expected {name} {meaning}, got {value!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -64,8 +80,8 @@ class Distillation(FineTuning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.teacher_weight <= 1 or not self.temperature > 0:
-            raise UserError("expected teacher_weight in [0, 1] and a positive temperature")
+        if not 0 <= self.teacher_weight <= 1 or not 0 < self.temperature < math.inf:
+            raise UserError("expected teacher_weight in [0, 1] and a positive, finite temperature")
 
 
 @dataclass(frozen=True)
@@ -104,12 +120,12 @@ def train(
         extra: one more term of the loss, asked once both networks have run on a batch.
 
     Raises:
-        DataError: no batches, or a loss or a network that is no longer finite.
+        DataError: no batches that can be trained on, or a loss or a network that is no longer finite.
         PlanError: a checkpoint that is broken, or of another training.
     """
     steps = _length(loader)
     optimizer = torch.optim.SGD(_groups(model, settings.weight_decay), lr=settings.lr, momentum=settings.momentum,
-                                nesterov=True)  # fmt: skip
+                                nesterov=settings.momentum > 0)  # fmt: skip
     total = settings.epochs * steps
     guide = teacher if settings.teacher_weight else None
     team = current_team(loader)
@@ -124,7 +140,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * _lr_factor(step, total, settings.warm_up)
                 losses.append(_step(model, batch, optimizer, settings, guide, get_labels, forward, extra, shared))
-            loss = sum(losses) / max(1, len(losses))
+            loss = _mean(losses)
             if not (math.isfinite(loss) and _is_finite(model)):  # BatchNorm hides an overflow from the loss
                 raise DataError(f"training diverged in epoch {epoch + 1} (loss {loss}); lower the learning rate")
             if team.rank == 0:
@@ -132,6 +148,15 @@ def train(
             if on_epoch:
                 on_epoch(EpochReport(epoch + 1, settings.epochs, loss))
     return model
+
+
+def _mean(losses: Sequence[float | None]) -> float:
+    """Over the steps that were taken; all processes see the same batches, and skip or stop at the same ones."""
+    taken = [loss for loss in losses if loss is not None]
+    if not taken:
+        raise DataError("expected batches of two images or more to train BatchNorm with, got none; "
+                        "raise the loader's batch size")  # fmt: skip
+    return sum(taken) / len(taken)
 
 
 def _is_finite(model: nn.Module) -> bool:
@@ -167,12 +192,13 @@ def _lr_factor(step: int, total: int, warm_up: float) -> float:
 def _step(
     model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer, settings: FineTuning, teacher: nn.Module | None,
     get_labels: GetLabels, forward: Forward, extra: Callable[[], Tensor] | None, shared: SharedStep,
-) -> float:  # fmt: skip
+) -> float | None:  # fmt: skip
+    """The loss on a batch, before the step; None where no step was taken."""
     part = shared.part(batch)
     batch = to_device(part.batch, device_of(model))
     labels = get_labels(batch)
-    if len(labels) < 2:
-        return 0.0  # BatchNorm cannot train on one image
+    if len(labels) == 0 or (len(labels) == 1 and _trains_batchnorm(model)):
+        return None  # one image has no statistics of a batch
     with shared.running(part):
         logits = forward(model, batch)
         loss = (1 - settings.teacher_weight if teacher is not None else 1.0) * label_loss(
@@ -189,6 +215,10 @@ def _step(
     whole = shared.summed(part, loss, [p for group in optimizer.param_groups for p in group["params"]])
     optimizer.step()
     return whole
+
+
+def _trains_batchnorm(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())
 
 
 def _ask(teacher: nn.Module, batch: Any, forward: Forward) -> Tensor:
