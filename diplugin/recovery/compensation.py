@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -30,8 +29,11 @@ from ..modes import evaluating
 from ..network import NetworkTrace
 from ..plan import PruningPlan
 from ..team import current_team
+from .outputs import norms_behind
 
 _MAX_CHANNELS = 4096
+#: Their statistics take up a constant of every channel.
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def compensate(
     readers = _readers(model, trace, plan)
     moments = _input_moments(model, loader, readers, images, forward)
     modules = dict(model.named_modules())
-    followed = _followed_by_norm(trace)
+    norms = (name for name, module in modules.items() if isinstance(module, _NORMS))
+    followed = norms_behind(model, trace, moments, norms) if readers else {}
     done = []
     for reader in readers:
         if moments[reader.name].count:
@@ -154,13 +157,6 @@ def _input_moments(
     if not all(torch.isfinite(m.gram).all() for m in moments.values()):
         raise DataError("expected finite feature maps to compensate with, got NaN or infinity")
     return moments
-
-
-def _followed_by_norm(trace: NetworkTrace) -> set[str]:
-    """Layers whose output a BatchNorm of the same group normalises: the call right behind them."""
-    calls = trace.layers
-    return {a.name for a, b in pairwise(calls)
-            if a.op != "norm" and b.op == "norm" and b.input_shape == a.output_shape}  # fmt: skip
 
 
 @torch.no_grad()
