@@ -135,8 +135,8 @@ class LayerFit:
 def _windows(x: Tensor, positions: Tensor, conv: Any) -> Tensor:
     """[N·P, C, K]: the windows of a convolution around flat output positions [N, P], in one to three dimensions."""
     dims = len(conv.kernel_size)
-    padding = _padding(conv)
-    padded = F.pad(x, [p for pair in reversed(padding) for p in pair])
+    pads = [p for pair in reversed(_padding(conv)) for p in pair]  # F.pad begins at the last dimension
+    padded = F.pad(x, pads, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
     sizes = [(padded.shape[2 + i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
              for i in range(dims)]  # fmt: skip
     flat, rest = torch.zeros_like(positions)[..., None], positions
