@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -27,19 +27,23 @@ class Site:
         spec: the layer as it was traced.
         order: its place in the order of execution.
         kept: output channels that the plan keeps.
-        norm: name of the BatchNorm right behind it, if there is one.
-        positions: [N, P] flat output positions at which the fit looks.
+        norm: name of the BatchNorm that alone reads its output, if there is one.
+        positions: [N, P] flat output positions at which the fit looks; none until the layer has been seen to run.
     """
 
     spec: LayerSpec
     order: int
     kept: Tensor
     norm: str | None
-    positions: Tensor
+    positions: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
 
-    def only(self, images: slice) -> Site:
-        """The same site, looking at some of the images."""
-        return replace(self, positions=self.positions[images])
+    def places(self, y: Tensor) -> int:
+        """How many positions an output [N, C, *places] of a convolution, [N, *places, C] of a linear layer, has."""
+        return prod(y.shape[2:] if self.spec.op == "conv" else y.shape[1:-1])
+
+    def at(self, positions: Tensor) -> Site:
+        """The same site, looking there."""
+        return replace(self, positions=positions)
 
     def sampled(self, y: Tensor) -> Tensor:
         """[N, P, C]: a tensor of this layer's output shape at the sampled positions."""

@@ -24,25 +24,24 @@ pruning for accelerating very deep neural networks", 2017.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-from ..errors import DataError
 from ..features import Forward, device_of, forward_inputs, to_device
-from ..modes import evaluating
-from ..network import NetworkTrace
+from ..network import LayerSpec, NetworkTrace
 from ..plan import PruningPlan
 from ..team import Team, current_team
 from .layer_fit import LayerFit, Site
+from .one_batch import one_batch, rows_of
+from .outputs import OutputWatch, after_call, before_call, norms_behind, version_of
 
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _SMALLEST_SCALE = 1e-3
@@ -101,185 +100,161 @@ def reconstruct(
         and fits of more than 6,000 unknowns an output are passed over.
 
     Raises:
-        DataError: the loader yields nothing, or features that are not finite.
+        DataError: the loader yields nothing, batches that cannot be joined, or features that are not finite.
     """
     settings = (settings or Reconstruction()).within_memory(trace)
     team = current_team(loader)
     with team.guarding():
-        batch = _gather(loader, settings.images)
-        images = next(len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
+        batch, images = one_batch(loader, settings.images)
         if images < team.size:
             team = Team()  # too few to be dealt: everybody does all of it
-        rows = team.rows(images)
-        sites = {n: s.only(rows) for n, s in _sites(unpruned, trace, plan, images, settings.samples).items()}
-        batch = to_device(pytree.tree_map(lambda x: x[rows], batch), device_of(unpruned))
-        targets = _Targets(unpruned, sites)
+        share = _Share(images, team.rows(images), settings.samples)
+        batch = to_device(rows_of(batch, share.rows, images), device_of(unpruned))
+        targets = _Targets(unpruned, _sites(unpruned, trace, plan), share)
         with targets.watching():
             forward(unpruned, batch)
-        refit = _Refit(pruned, sites, targets, settings.ridge, team)
+        refit = _Refit(pruned, targets, settings.ridge, team)
         with refit.watching():
             forward(pruned, batch)
     return tuple(refit.done)
 
 
-def _gather(loader: Iterable[Any], images: int) -> Any:
-    batches, seen = [], 0
-    for batch in loader:
-        batches.append(batch)
-        seen += next((len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)), 0)
-        if seen >= images:
-            break
-    if not seen:
-        raise DataError("expected a loader that yields batches to reconstruct with, got an empty one")
-    return pytree.tree_map(lambda *xs: torch.cat(xs)[:images], *batches)
-
-
-def _sites(model: nn.Module, trace: NetworkTrace, plan: PruningPlan, images: int, samples: int) -> dict[str, Site]:
+def _sites(model: nn.Module, trace: NetworkTrace, plan: PruningPlan) -> dict[str, Site]:
+    """The layers that can be refitted: convolutions and linear layers that are called once."""
     gone = trace.channels_of(plan.removed, "out")
-    calls = [layer.name for layer in trace.layers]
-    draw = torch.Generator().manual_seed(0)
+    calls = Counter(layer.name for layer in trace.layers)
+    orders = {
+        layer.name: order for order, layer in enumerate(trace.layers) if calls[layer.name] == 1 and _refittable(layer)
+    }
+    # The mean of a BatchNorm that is called twice cannot be moved for one of the calls.
+    batch_norms = [name for name, count in calls.items() if count == 1 and _is_batch_norm(model.get_submodule(name))]
+    norms = norms_behind(model, trace, orders, batch_norms)
     sites = {}
-    for order, (layer, behind) in enumerate(zip(trace.layers, (*trace.layers[1:], None), strict=True)):
-        refittable = layer.op == "linear" or (layer.op == "conv" and (layer.groups == 1 or layer.depthwise))
-        if not refittable or calls.count(layer.name) != 1:
-            continue
-        kept = [c for c in range(layer.out_channels) if c not in gone.get(layer.name, ())]
-        places = prod(layer.output_shape[2:] if layer.op == "conv" else layer.output_shape[1:-1])
-        count = min(places, max(1, samples // images))
-        positions = torch.rand(images, places, generator=draw).topk(count, dim=1).indices
-        normalised = behind is not None and behind.op == "norm" and behind.input_shape == layer.output_shape
-        norm = behind.name if behind is not None and normalised and _is_batch_norm(model, behind.name) else None
-        sites[layer.name] = Site(layer, order, torch.tensor(kept), norm, positions)
+    for name, order in orders.items():
+        layer = trace.layers[order]
+        kept = [c for c in range(layer.out_channels) if c not in gone.get(name, ())]
+        sites[name] = Site(layer, order, torch.tensor(kept), norms.get(name))
     return sites
 
 
-def _is_batch_norm(model: nn.Module, name: str) -> bool:
-    module = model.get_submodule(name)
+def _refittable(layer: LayerSpec) -> bool:
+    if len(layer.output_shape) < 2 + len(layer.kernel):
+        return False  # called without a batch
+    return layer.op == "linear" or (layer.op == "conv" and (layer.groups == 1 or layer.depthwise))
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
 
 
-class _Watch:
-    """Hooks on the sites of one network, and an eye on the sums that their outputs go into."""
+class _Share:
+    """The images that this process works on, and where in their outputs it looks."""
+
+    def __init__(self, images: int, rows: slice, samples: int) -> None:
+        self.images, self.rows, self.samples = images, rows, samples
+        self._draw = torch.Generator().manual_seed(0)
+
+    def positions(self, site: Site, y: Tensor) -> Tensor:
+        """[N, P]: random positions, none twice, of an output of N rows, one or several an image.
+
+        All processes draw for all images, so that together they look where one process would; rows that are not the
+        images' are everybody's own.
+        """
+        each, rest = divmod(len(y), self.rows.stop - self.rows.start)
+        total, first = (len(y), 0) if rest or not each else (self.images * each, self.rows.start * each)
+        places = site.places(y)
+        count = min(places, max(1, self.samples // total))
+        return torch.rand(total, places, generator=self._draw).topk(count, dim=1).indices[first : first + len(y)]
+
+
+class _Watch(OutputWatch):
+    """Hooks on the sites of one network, and an eye on the sums that their outputs, normalised, go into."""
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Site]) -> None:
-        self.model, self.sites = model, sites
-        self.modules: dict[str, Any] = dict(model.named_modules())
-        # The last few outputs of sites, each with its site: a sum is recognised by the identity of its operands. A
-        # weak reference will do, as an operand is alive; large maps are not kept for it.
-        self._recent: list[tuple[weakref.ref[Tensor], Site]] = []
+        super().__init__(model)
+        self.sites = dict(sites)
 
-    def before(self, site: Site, x: Tensor) -> None:
+    def before(self, name: str, x: Tensor) -> None:
         """Called before a site runs."""
 
-    def after(self, site: Site, y: Tensor) -> None:
+    def after(self, name: str, y: Tensor) -> None:
         """Called after a site has run."""
 
-    def added(self, site: Site, y: Tensor, other: Tensor) -> Tensor:
-        """Called when a site's output, normalised, meets a shortcut; returns what is to be added."""
-        return y
+    def added(self, name: str, y: Tensor, other: Tensor) -> None:
+        """Called when a site's output, normalised, is about to meet a shortcut; nobody has read it before."""
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Eval mode, hooks and the watch on sums for the time of the block."""
-        with ExitStack() as stack:
-            for name, site in self.sites.items():
-                self._hook(stack, self.modules[name], site, first=True)
-                if site.norm is not None:
-                    self._hook(stack, self.modules[site.norm], site, first=False)
-            stack.enter_context(evaluating(self.model))
-            stack.enter_context(_Sums(self))
-            try:
-                yield
-            finally:
-                self._recent.clear()
-
-    def _hook(self, stack: ExitStack, module: nn.Module, site: Site, *, first: bool) -> None:
-        def seen(_module: nn.Module, _args: Any, y: Tensor) -> None:
-            self._recent = [*self._recent[-7:], (weakref.ref(y), site)]
-            if first:
-                self.after(site, y)
-
-        stack.callback(module.register_forward_hook(seen).remove)
-        if first:
-            stack.callback(module.register_forward_pre_hook(lambda _, args: self.before(site, args[0])).remove)
-
-    def site_of(self, x: Any) -> Site | None:
-        """The site whose (normalised) output this very tensor is."""
-        return next((site for y, site in reversed(self._recent) if y() is x), None)
-
-
-class _Sums(TorchFunctionMode):
-    """Shows a watch every sum of two tensors in which a site's output takes part."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self._watch = watch
+    def hook(self, stack: ExitStack) -> None:
+        for name, site in self.sites.items():
+            before_call(stack, self.modules[name], partial(self.before, name))
+            after_call(stack, self.modules[name], partial(self.after, name))
+            after_call(stack, self.modules[site.norm or name], partial(self.follow, name))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _ADDITIONS and len(args) == 2 and not kwargs:
-            args = self._shown(*args)
-        return func(*args, **(kwargs or {}))
+            self._add(*args)
+        return super().__torch_function__(func, types, args, kwargs)
 
-    def _shown(self, a: Any, b: Any) -> tuple[Any, Any]:
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
-            return a, b
-        one, two = self._watch.site_of(a), self._watch.site_of(b)
-        if one is not None and (two is None or one.order > two.order):
-            return self._watch.added(one, a, b), b
-        if two is not None:
-            return a, self._watch.added(two, b, a)
-        return a, b
+    def _add(self, a: Any, b: Any) -> None:
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a is b:
+            return
+        # Of two sites the later one mends the sum: by then the earlier one's error is known.
+        found = [(output.layer, y, other) for y, other in ((a, b), (b, a)) if (output := self.unread(y))]
+        if found:
+            self.added(*max(found, key=lambda x: self.sites[x[0]].order))
 
 
 class _Targets(_Watch):
-    """What the unpruned network's sites say, and what shortcuts bring them, at the sampled positions."""
+    """What the unpruned network's sites say, and what shortcuts bring them, at positions drawn on the way."""
 
-    def __init__(self, model: nn.Module, sites: Mapping[str, Site]) -> None:
+    def __init__(self, model: nn.Module, sites: Mapping[str, Site], share: _Share) -> None:
         super().__init__(model, sites)
-        self.outputs: dict[str, Tensor] = {}
+        self.share = share
+        self.outputs_of: dict[str, Tensor] = {}
         self.shortcuts: dict[str, Tensor] = {}
 
-    def after(self, site: Site, y: Tensor) -> None:
-        self.outputs[site.spec.name] = site.sampled(y)[..., site.kept.to(y.device)]
+    def after(self, name: str, y: Tensor) -> None:
+        site = self.sites[name] = self.sites[name].at(self.share.positions(self.sites[name], y))
+        self.outputs_of[name] = site.sampled(y)[..., site.kept.to(y.device)]
 
-    def added(self, site: Site, y: Tensor, other: Tensor) -> Tensor:
-        self.shortcuts[site.spec.name] = site.sampled(other)[..., site.kept.to(other.device)]
-        return y
+    def added(self, name: str, y: Tensor, other: Tensor) -> None:
+        site = self.sites[name]
+        self.shortcuts[name] = site.sampled(other)[..., site.kept.to(other.device)]
 
 
 class _Refit(_Watch):
     """Refits the pruned network's sites while it runs."""
 
-    def __init__(
-        self, model: nn.Module, sites: Mapping[str, Site], targets: _Targets, ridge: float, team: Team
-    ) -> None:
-        super().__init__(model, sites)
+    def __init__(self, model: nn.Module, targets: _Targets, ridge: float, team: Team) -> None:
+        calls = Counter(output.layer for output in targets.outputs)  # a `forward` may call the network twice
+        super().__init__(model, {name: site for name, site in targets.sites.items() if calls[name] == 1})
         self.targets, self.ridge, self.team = targets, ridge, team
         self.done: list[str] = []
-        self._waiting: dict[str, Tensor] = {}
+        self._waiting: dict[str, tuple[Tensor | None, int]] = {}
 
-    def before(self, site: Site, x: Tensor) -> None:
-        name = site.spec.name
+    def before(self, name: str, x: Tensor) -> None:
         if name in self.targets.shortcuts:
-            self._waiting[name] = x  # its target is known once the shortcut is
+            self._waiting[name] = x, version_of(x)  # its target is known once the shortcut is
         else:
-            self._fit(site, x, self.targets.outputs.pop(name))
+            self._fit(name, x, self.targets.outputs_of.pop(name))
 
-    def added(self, site: Site, y: Tensor, other: Tensor) -> Tensor:
-        name = site.spec.name
-        if name not in self._waiting:
-            return y
-        x, module = self._waiting.pop(name), self.modules[name]
-        norm = self.modules[site.norm] if site.norm else None
+    def added(self, name: str, y: Tensor, other: Tensor) -> None:
+        x, version = self._waiting.pop(name, (None, 0))
+        if x is None or version_of(x) != version:
+            return  # what the layer read has been overwritten since
+        site, norm = self.sites[name], self._norm_of(name)
         shortcut = self.targets.shortcuts.pop(name) - site.sampled(other)
-        self._fit(site, x, self.targets.outputs.pop(name) + shortcut / _scale(norm))
-        refitted = module.forward(x)
-        return refitted if norm is None else norm.forward(refitted)
+        self._fit(name, x, self.targets.outputs_of.pop(name) + shortcut / _scale(norm))
+        refitted = self.modules[name].forward(x)
+        # In place: whoever holds the output goes on with the refitted one, and so does a sum whose value nobody takes.
+        y.copy_(refitted if norm is None else norm.forward(refitted))
 
-    def _fit(self, site: Site, x: Tensor, target: Tensor) -> None:
-        norm = self.modules[site.norm] if site.norm else None
-        if LayerFit(self.modules[site.spec.name], site, x, target, self.team).solve(self.ridge, norm):
-            self.done.append(site.spec.name)
+    def _fit(self, name: str, x: Tensor, target: Tensor) -> None:
+        if LayerFit(self.modules[name], self.sites[name], x, target, self.team).solve(self.ridge, self._norm_of(name)):
+            self.done.append(name)
+
+    def _norm_of(self, name: str) -> Any:
+        norm = self.sites[name].norm
+        return None if norm is None else self.modules[norm]
 
 
 def _scale(norm: Any) -> Any:
