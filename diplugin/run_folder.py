@@ -20,7 +20,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,17 +106,23 @@ class RunFolder:
 
     @contextmanager
     def recording_warnings(self) -> Iterator[None]:
-        """Warnings of the block go to the log as well as to the caller."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("default")
-            try:
+        """Warnings of the block go to the log as well as to the caller, also where the block fails.
+
+        A caller who makes errors of warnings gets them where they arise: at the end they would cost a whole run.
+        """
+        caught: list[warnings.WarningMessage] = []
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                if all(action != "error" for action, *_ in warnings.filters):
+                    warnings.simplefilter("default")
                 yield
-            finally:
-                for warning in caught:
-                    if self.path.exists() and isinstance(warning.message, Warning):
+        finally:  # nothing from here may take the place of a failure's own exception
+            for warning in caught:
+                with suppress(Warning):
+                    warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+                if self.path.exists() and isinstance(warning.message, Warning):
+                    with suppress(PlanError):
                         self.log(f"warning: {first_line(warning.message)}")
-        for warning in caught:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
     def follow_first(self, team: Team) -> None:
         """Of many processes: take over from the first one's folder what a run is resumed from, plan and checkpoints."""

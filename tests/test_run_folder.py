@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 
-from diplugin.errors import PlanError
+from diplugin.errors import DISaturationWarning, PlanError
 from diplugin.run_folder import RunFolder, next_numbered, read_json, refuse_held
 
 
@@ -102,3 +103,58 @@ def test_a_whole_run_keeps_nothing_of_the_kills_on_its_way(tmp_path: Path) -> No
     folder.finish()
     assert [p.name for p in folder.path.iterdir() if p.name.endswith(".partial")] == []
     assert (folder.path / "plan.json").exists()
+
+
+# --- warnings ---
+
+
+def warn_and(then: Exception | None, folder: RunFolder) -> None:
+    with folder.recording_warnings():
+        warnings.warn("DI is near 1", DISaturationWarning, stacklevel=1)
+        if then is not None:
+            raise then
+
+
+@pytest.mark.parametrize("failure", [None, KeyError("gone")])
+def test_warnings_reach_the_caller_and_the_log_whether_the_run_fails_or_not(
+    tmp_path: Path, failure: Exception | None
+) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    with pytest.warns(DISaturationWarning, match="DI is near 1") as heard:
+        if failure is None:
+            warn_and(None, folder)
+        else:
+            with pytest.raises(KeyError, match="gone"):
+                warn_and(failure, folder)
+    assert len(heard) == 1
+    assert (folder.path / "log.txt").read_text().count("warning: DI is near 1") == 1
+
+
+def test_warnings_that_the_caller_ignores_are_logged_all_the_same(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.resetwarnings()
+        warnings.simplefilter("ignore")
+        warn_and(None, folder)
+    assert not heard
+    assert "warning: DI is near 1" in (folder.path / "log.txt").read_text()
+
+
+def test_a_warning_that_is_an_error_stops_where_it_arises(tmp_path: Path) -> None:
+    """Not at the end, when all the work is done."""
+    folder, reached = RunFolder(tmp_path / "run", {"seed": 0}), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(DISaturationWarning), folder.recording_warnings():
+            warnings.warn("DI is near 1", DISaturationWarning, stacklevel=1)
+            reached.append("the end")
+    assert not reached
+
+
+def test_a_log_that_cannot_be_written_hides_no_failure(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 0})
+    (folder.path / "log.txt").mkdir()
+    with pytest.warns(DISaturationWarning), pytest.raises(KeyError, match="gone"):
+        warn_and(KeyError("gone"), folder)
+    with pytest.warns(DISaturationWarning):
+        warn_and(None, folder)
