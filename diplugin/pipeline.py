@@ -118,7 +118,7 @@ def compress(
         images: training images used for scores and repairs; the refit has a number of its own.
         holdout: fraction of the training data set aside.
         seed: of every random choice.
-        resume: go on with a run that was killed.
+        resume: go on with a run that was killed; one that is finished is left alone, and an error says so.
         source: what the command line calls the model ("source") and the data ("data"); recorded.
         tell: called with one line for every stage.
 

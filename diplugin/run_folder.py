@@ -40,8 +40,8 @@ class RunFolder:
     """A folder that belongs to one run.
 
     Raises:
-        PlanError: the folder holds something already and `resume` was not asked for, holds another run's settings, or
-            cannot be written.
+        PlanError: the folder holds something already and `resume` was not asked for, holds another run's settings or
+            a run that is whole, or cannot be written.
     """
 
     def __init__(self, path: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
@@ -60,6 +60,7 @@ class RunFolder:
             refuse_held(self.path)
         if resume and (self.path / CONFIG).exists():
             self._check_same(config)
+            self._check_unfinished()
         elif held:
             raise PlanError(f"expected a run to resume in {self.path}, it holds no {CONFIG}")
         try:
@@ -79,6 +80,12 @@ class RunFolder:
                 f"expected the settings of the run to resume, {differing[0]!r} was {before.get(differing[0])!r} "
                 f"and is {now.get(differing[0])!r}; use another folder"
             )
+
+    def _check_unfinished(self) -> None:
+        """A run that is whole has no checkpoints left: to go on with it would be to train anew, beside old figures."""
+        if (self.path / METRICS).exists():
+            raise PlanError(f"expected a killed run to resume, the one in {self.path} is finished; choose another "
+                            "folder to run it again, or write its page with `diplugin report`")  # fmt: skip
 
     def stage(self, name: str) -> Path:
         """Where a stage keeps its checkpoint."""

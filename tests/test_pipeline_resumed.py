@@ -103,3 +103,14 @@ def test_a_plan_that_was_edited_is_not_taken_up(tmp_path: Path, edit: Any) -> No
     with pytest.raises(PlanError, match=r"expected a plan for this network and its costs in .*plan\.json"):
         compress(trained_net(), seen(), out=tmp_path / "run", resume=True, repairs=(Recalibrate(),))
     assert json.loads(path.read_text()) == plan
+
+
+def test_a_finished_run_is_neither_trained_again_nor_touched(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"repairs": (Recalibrate(),), "out": tmp_path / "run"}
+    compress(trained_net(), seen(), **settings)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    told: list[str] = []
+    with pytest.raises(PlanError, match=r"the one in .*run is finished; choose another folder") as caught:
+        compress(trained_net(), seen(), resume=True, tell=told.append, **settings)
+    assert not told and "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
