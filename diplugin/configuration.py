@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from .errors import BudgetError, DataError, ModelError, UserError, first_line
 from .measurements import versions
 from .recovery import FineTuning
 from .run_folder import recorded
+from .search import SearchLimits
 from .strategies import OneShot, Strategy
 from .tables import LatencyTable
 from .tables.file_format import document_from_table
@@ -30,6 +31,24 @@ def is_seed(value: Any) -> bool:
     return isinstance(value, int) and 0 <= value <= LARGEST_SEED
 
 
+def listed(values: Any, example: str) -> tuple[Any, ...]:
+    """What was given as a list, as a tuple.
+
+    Raises:
+        UserError: no list; a text is none.
+    """
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise UserError(f"expected a list such as [{example}], got {values!r:.80}")
+    return tuple(values)
+
+
+def check_kind(name: str, value: Any, kind: type | str, example: str) -> None:
+    """Raise UserError unless the value is an instance of a class, or an object (no class) with an attribute."""
+    fits = isinstance(value, kind) if isinstance(kind, type) else hasattr(value, kind) and not isinstance(value, type)
+    if not fits:
+        raise UserError(f"expected {name} such as {example}, got {value!r:.80}")
+
+
 @dataclass(frozen=True)
 class Configuration:
     """Everything that decides how a run goes, apart from the model and the data.
@@ -40,7 +59,7 @@ class Configuration:
         holdout: fraction of the training data set aside.
 
     Raises:
-        UserError: no budget, no repair, or a number out of its range.
+        UserError: no budget, no repair, something of another kind, or a number out of its range.
     """
 
     budgets: tuple[Budget, ...]
@@ -54,8 +73,7 @@ class Configuration:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.strategy is not None and not hasattr(self.strategy, "shrink"):
-            raise UserError(f"expected a strategy such as StructureDistillation() or None, got {self.strategy!r:.80}")
+        self._check_kinds()
         check_positive(self.once.rho, "rho")
         images = self.once.images
         if not isinstance(images, int) or images < 2:
@@ -66,6 +84,26 @@ class Configuration:
             raise BudgetError("expected a budget such as macs=0.5, got none")
         if not is_seed(self.seed):
             raise UserError(f"expected a seed from 0 to {LARGEST_SEED}, got {self.seed!r:.80}")
+
+    def _check_kinds(self) -> None:
+        once, optional = self.once, (
+            ("a strategy", self.strategy, "shrink", "StructureDistillation() or None"),
+            ("a recovery", self.recovery, FineTuning, "FineTuning(epochs=10) or None"),
+            ("a latency_table", self.latency_table, LatencyTable, "LatencyTable.load('table.json') or None"),
+            ("bits", self.bits, "__dataclass_fields__", "quantize.Bits() or None"),
+            ("augment", self.augment, "__call__", "a function of images or None"),
+        )  # fmt: skip
+        for name, value, kind, example in optional:
+            if value is not None:
+                check_kind(name, value, kind, example)
+        check_kind("a search", once.searcher, "__call__", "ExactSearch() or None")
+        check_kind("a ranking", once.ranking, "__call__", "ranking.ByAll() or None")
+        check_kind("a tap", once.tap, "members", "AfterActivation() or None")
+        check_kind("limits", once.limits, SearchLimits, "SearchLimits(floor=0.1) or None")
+        for budget in self.budgets:
+            check_kind("budgets", budget, Budget, "Budget('macs', fraction=0.5)")
+        for repair in once.repairs:
+            check_kind("repairs", repair, "repaired", "Recalibrate()")
 
     def record(self, model: nn.Module) -> dict[str, Any]:
         """As JSON; two runs with the same record and data are the same run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -53,8 +54,8 @@ def split_holdout(loader: Iterable[Any], fraction: float = 0.1, seed: int = 0) -
     image too.
 
     Raises:
-        DataError: fewer than four images, batches that are not tensors of one length, a data set that raises, or a
-            DataLoader whose sampler draws some images more often than others.
+        DataError: a fraction that leaves one part empty, fewer than four images, batches that are not tensors of one
+            length, a data set that raises, or a DataLoader whose sampler draws some images more often than others.
     """
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_size:
         return _split_dataset(loader, fraction, seed)
@@ -101,9 +102,13 @@ def _drawn(loader: Any) -> Tensor:
 
 
 def _parts(images: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    held = min(_LARGEST, max(1, round(images * fraction)))
-    if images < 4 or not 0 < fraction < 1:
+    if not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
+        raise DataError(f"expected a holdout above 0 and below 1, got {fraction!r:.80}")
+    if images < 4:
         raise DataError(f"expected four images or more to set some aside, got {images}")
+    held = min(_LARGEST, max(1, round(images * fraction)))
+    if held == images:
+        raise DataError(f"expected a holdout that leaves images to train on, got {fraction} of {images} images")
     order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
     return order[held:], order[:held].sort().values
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .boundary import GuardedLoader, guarded_forward, guarded_labels
-from .configuration import Configuration
+from .configuration import Configuration, listed
 from .costs import Budget, CostModel, PeakActivationMemory, macs, params
 from .costs.latency import LatencyCost
 from .features import Forward, GetLabels, device_of, forward_inputs, labels_of
@@ -132,10 +132,11 @@ def compress(
     get_labels, forward = guarded_labels(get_labels), guarded_forward(forward)
     once = OneShot(
         rho=rho, tap=tap or AfterActivation(), ranking=ranking or ByAll(), limits=limits or SearchLimits(),
-        searcher=search or GreedySearch(), repairs=tuple(repairs), images=images, get_labels=get_labels,
-        forward=forward,
+        searcher=search or GreedySearch(), repairs=listed(repairs, "Recalibrate()"), images=images,
+        get_labels=get_labels, forward=forward,
     )  # fmt: skip
-    asked = Configuration(tuple(budgets), once, latency_table, recovery, strategy, bits, augment, holdout, seed)
+    budgets = listed(budgets, "Budget('macs', fraction=0.5)")
+    asked = Configuration(budgets, once, latency_table, recovery, strategy, bits, augment, holdout, seed)
     config = {**asked.record(model), "test_data": test_loader is not None, **(source or {})}
     team = current_team(loader)
     if team.rank:  # of many processes the first one writes and speaks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -103,3 +104,10 @@ def test_a_bare_number_above_one_asks_for_a_unit() -> None:
         BudgetError, match=r"fraction up to 1 or a number with a unit .ms, us, s. for latency_ms, got 12 without"
     ):
         Budget.parse("latency_ms=12")
+
+
+@pytest.mark.parametrize("value", ["0.5", "60M", [0.5], 1j])
+def test_what_is_no_number_is_refused(value: Any) -> None:
+    for name in ("fraction", "limit"):
+        with pytest.raises(BudgetError, match="expected a number for macs, got "):
+            Budget("macs", **{name: value})

@@ -84,3 +84,14 @@ def test_a_sampler_that_repeats_images_is_refused(make: Any) -> None:
 def test_data_that_cannot_be_split_is_a_clear_error(loader: Any) -> None:
     with pytest.raises(DataError, match="expected"):
         split_holdout(loader)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_holdout_leaves_images_on_both_sides(as_list: bool) -> None:
+    loader: Any = list(numbered(50)) if as_list else numbered(50)
+    assert split_holdout(loader, 0.98).sizes == (1, 49)
+    with pytest.raises(DataError, match=r"leaves images to train on, got 0\.999 of 50 images"):
+        split_holdout(loader, 0.999)
+    for fraction in (0.0, 1.0, -0.1, float("nan"), "0.1", None):
+        with pytest.raises(DataError, match="expected a holdout above 0 and below 1"):
+            split_holdout(loader, fraction)  # type: ignore[arg-type]

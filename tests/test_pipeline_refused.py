@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import diplugin
 from diplugin.errors import BudgetError, DataError, InfeasibleBudget, ModelError, UserError
 from diplugin.measurements import Measure
+from diplugin.quantize import Bits
+from diplugin.ranking import ByAll
+from diplugin.recovery import FineTuning, Recalibrate
+from diplugin.search import ExactSearch, SearchLimits
 
 pytestmark = pytest.mark.usefixtures("nothing_is_exported")
 
@@ -127,3 +132,44 @@ def test_a_data_set_that_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="OSError: truncated file"):
         compress(trained_net(), loader, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("budgets", diplugin.Budget("macs", fraction=0.5)), ("budgets", "macs=0.5"), ("budgets", ["macs=0.5"]),
+        ("repairs", Recalibrate()), ("repairs", [Recalibrate]), ("repairs", "recalibration"),
+        ("recovery", FineTuning), ("recovery", "fine-tuning"), ("strategy", diplugin.MeasuredCuts),
+        ("search", ExactSearch), ("search", "exact"), ("ranking", ByAll), ("limits", SearchLimits), ("limits", 0.1),
+        ("tap", "input"), ("bits", Bits), ("bits", 4), ("augment", "flip"), ("latency_table", "table.json"),
+    ],
+)  # fmt: skip
+def test_settings_of_another_kind_are_one_line(tmp_path: Path, name: str, value: Any) -> None:
+    """Such as a class, where one of its objects was meant; before anything is run or written."""
+    with pytest.raises(UserError, match=r"^expected .*, got ") as caught:
+        compress(nn.Identity(), [], out=tmp_path / "run", **{name: value})
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_holdout_that_takes_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="leaves images to train on"):
+        compress(trained_net(), seen(), holdout=0.999, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Warns(nn.Module):
+    """Says something whenever it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        warnings.warn("the classes are stale", stacklevel=1)
+        return self.net(x)
+
+
+def test_a_run_that_fails_has_told_its_warnings() -> None:
+    budgets = [diplugin.Budget("macs", fraction=1e-4)]
+    with pytest.warns(UserWarning, match="the classes are stale"), pytest.raises(InfeasibleBudget):
+        compress(Warns(), seen(), budgets=budgets, repairs=(Recalibrate(),))

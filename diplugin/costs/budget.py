@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from dataclasses import dataclass
 
@@ -37,6 +38,9 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.fraction is None) == (self.limit is None):
             raise BudgetError(f"expected either a fraction or a limit for {self.cost!r}, got both or neither")
+        value = self.fraction if self.limit is None else self.limit
+        if not isinstance(value, numbers.Real):
+            raise BudgetError(f"expected a number for {self.cost}, got {value!r:.80}; Budget.parse reads text")
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise BudgetError(
                 f"expected a fraction of {self.cost} above 0 and at most 1, got {self.fraction}; "
