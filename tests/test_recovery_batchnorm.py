@@ -112,3 +112,15 @@ def test_a_failure_on_the_way_leaves_the_statistics(
     with pytest.raises(OSError, match="gone"):
         recalibrate_batchnorm(model, fails(), chunk_size=20)
     assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_leave_the_statistics(
+    make_net: MakeNet, make_images: Any, value: float, state_of: Any, assert_same_state: Any
+) -> None:
+    model, _ = make_net("plain")
+    before, data = state_of(model), make_images(60)
+    data.images[33, 0, 2, 2] = value
+    with pytest.raises(DataError, match="finite images and weights to recalibrate BatchNorm, got NaN or infinity"):
+        recalibrate_batchnorm(model, data.loader(20), chunk_size=20)
+    assert_same_state(model, before)

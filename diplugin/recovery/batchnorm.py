@@ -44,7 +44,8 @@ def recalibrate_batchnorm(
         forward: how a batch is run.
 
     Raises:
-        DataError: the loader yields nothing, or a batch of one image only.
+        DataError: the loader yields nothing, or a batch of one image only, or what makes statistics NaN or infinite;
+            the old ones are put back.
     """
     norms = [m for m in model.modules() if isinstance(m, _BATCH_NORM) and m.track_running_stats]
     if not norms:
@@ -70,7 +71,7 @@ def recalibrate_batchnorm(
                 if seen >= images:
                     break
         _average(norms, team)
-        done = seen > 0
+        done = seen > 0 and all(bool(torch.isfinite(s).all()) for norm in norms for s in _statistics(norm))
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
@@ -78,7 +79,10 @@ def recalibrate_batchnorm(
             if not done or not int(norm.num_batches_tracked or 0):
                 norm.load_state_dict(before[norm])
     if not done:
-        raise DataError("expected batches of two images or more to recalibrate BatchNorm, got none")
+        what, got = (
+            ("finite images and weights", "NaN or infinity") if seen else ("batches of two images or more", "none")
+        )
+        raise DataError(f"expected {what} to recalibrate BatchNorm, got {got}")
     return model
 
 
@@ -88,13 +92,17 @@ def _average(norms: Sequence[Any], team: Team) -> None:
         return
     weights = [norm.num_batches_tracked.double() for norm in norms]
     sums = [weight * statistic.double() for norm, weight in zip(norms, weights, strict=True)
-            for statistic in (norm.running_mean, norm.running_var)]  # fmt: skip
+            for statistic in _statistics(norm)]  # fmt: skip
     team.sum([*weights, *sums])
     for norm, weight, mean, var in zip(norms, weights, sums[0::2], sums[1::2], strict=True):
         norm.num_batches_tracked.copy_(weight)
         if weight:
             norm.running_mean.copy_(mean / weight)
             norm.running_var.copy_(var / weight)
+
+
+def _statistics(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return norm.running_mean, norm.running_var
 
 
 def _images_in(batch: Any) -> int:
