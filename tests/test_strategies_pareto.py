@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,18 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path: Path) -> None:
         pareto_picture(outcomes([(9, 5)]), tmp_path / "missing" / "p.png", "ms")
     with pytest.raises(DataError, match="outcomes to draw"):
         pareto_picture([], tmp_path / "p.png", "ms")
+
+
+@given(POINTS, st.permutations([(math.nan, 0.0), (1.0, math.nan), (math.nan, math.nan), (math.nan, 3.0)]), st.data())
+def test_trials_that_came_to_nothing_change_nothing(
+    points: list[tuple[int, int]], failed: list[tuple[float, float]], data: st.DataObject
+) -> None:
+    """Wherever among the others they stand."""
+    tried = outcomes(points)
+    mixed = [*tried]
+    for accuracy, cost in failed:
+        mixed.insert(data.draw(st.integers(0, len(mixed))), Outcome("failed", accuracy, cost))
+    assert pareto_front(mixed) == pareto_front(tried)
+    assert best_outcome(mixed) == best_outcome(tried)
+    with pytest.raises(DataError, match="got none"):
+        best_outcome([o for o in mixed if o.name == "failed"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -83,6 +84,13 @@ def test_budgets_out_of_reach_and_numbers_out_of_range() -> None:
         plan(StagedCut((1.0,)))
     with pytest.raises(BudgetError, match="a cost model for latency_ms, got macs, params"):
         staged_plan(TRACE, SCORES, COSTS, Budget("latency_ms", fraction=0.5), StagedCut((1.0, 1.0)))
-    for depths, share in (((), 0.0), ((0.0, 0.0), 0.0), ((1.0, -0.1), 0.0), ((1.0, 1.0), 1.5)):
+    for depths, share in (((), 0.0), ((0.0, 0.0), 0.0), ((1.0, -0.1), 0.0), ((1.0, 1.0), 1.5), ((1.0, 1.0), math.nan)):
         with pytest.raises(BudgetError, match="depths of 0 or more"):
             StagedCut(depths, share)
+
+
+@pytest.mark.parametrize("depth", [math.nan, math.inf, -math.inf])
+def test_depths_are_finite_wherever_they_stand(depth: float) -> None:
+    for depths in ((depth, 1.0), (1.0, depth), (depth, depth), (0.0, depth)):
+        with pytest.raises(BudgetError, match="expected finite depths of 0 or more"):
+            StagedCut(depths)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from torch import Tensor
 
@@ -39,8 +40,11 @@ class StagedCut:
     rho: float = 10.0
 
     def __post_init__(self) -> None:
-        if not self.depths or min(self.depths) < 0 or max(self.depths) <= 0 or not 0 <= self.greedy_share <= 1:
-            raise BudgetError(f"expected depths of 0 or more, one above 0, and a greedy_share in [0, 1], got {self}")
+        depths_hold = all(isfinite(depth) and depth >= 0 for depth in self.depths) and any(self.depths)
+        if not depths_hold or not 0 <= self.greedy_share <= 1:
+            raise BudgetError(
+                f"expected finite depths of 0 or more, one above 0, and a greedy_share in [0, 1], got {self}"
+            )
 
 
 def stages_of(trace: NetworkTrace) -> tuple[tuple[str, ...], ...]:
