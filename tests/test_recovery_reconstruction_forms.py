@@ -235,16 +235,19 @@ def test_images_of_another_size_than_the_example(side: int) -> None:
 
 
 class Windows(nn.Module):
-    """Quarters of the images in the place of images, and one learned row of tokens for all of them."""
+    """Quarters of images in the place of images, one quarter more, and one learned row of tokens for all of them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.token, self.mix = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(5, 6), nn.Linear(6, 4)
+        self.conv, self.each = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 6)
+        self.token, self.mix = nn.Linear(5, 6), nn.Linear(6, 4)
         self.learned = nn.Parameter(torch.randn(1, 3, 5))
 
     def forward(self, x: Tensor) -> Tensor:
         quarters = x.unflatten(2, (2, -1)).unflatten(4, (2, -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        y = F.relu(self.conv(quarters)).mean((2, 3)).unflatten(0, (-1, 4))
+        one_more = torch.cat([quarters, quarters[:1]])
+        y = F.relu(self.conv(one_more)).mean((2, 3))[:-1]
+        y = F.relu(self.each(y)).unflatten(0, (-1, 4))
         return self.mix(y + self.token(self.learned).mean(1, keepdim=True)).mean(1)
 
 
@@ -252,7 +255,7 @@ def test_layers_whose_rows_are_not_the_images() -> None:
     torch.manual_seed(0)
     model, x = Windows().eval(), images_of(Form(), 40)
     same, done = refitted_whole(model, x)
-    assert set(done) == {"conv", "token", "mix"}
+    assert set(done) == {"conv", "each", "token", "mix"}
     assert_same_function(model, same, images_of(Form(), 20, seed=2))
 
 

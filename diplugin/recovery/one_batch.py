@@ -30,7 +30,8 @@ def one_batch(loader: Iterable[Any], images: int) -> tuple[Any, int]:
         joined = pytree.tree_map(lambda *parts: _joined(parts, lengths), *batches, is_leaf=_is_leaf)
     except (RuntimeError, ValueError) as error:
         raise DataError(f"expected batches of one shape to reconstruct with, got {first_line(error)}") from error
-    return joined, sum(lengths)
+    found = sum(lengths)  # more than wanted where the last batch could not be cut by itself
+    return rows_of(joined, slice(images), found), min(images, found)
 
 
 def rows_of(batch: Any, rows: slice, images: int) -> Any:
