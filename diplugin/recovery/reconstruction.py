@@ -96,8 +96,9 @@ def reconstruct(
         trace, plan: of the unpruned network.
 
     Returns:
-        Names of the layers that were refitted. Grouped and transposed convolutions, layers that run more than once
-        and fits of more than 6,000 unknowns an output are passed over.
+        Names of the layers that were refitted. Passed over are grouped and transposed convolutions, layers that run
+        more than once or without a batch, those whose input is overwritten before a shortcut is added to their output,
+        and fits of more than 6,000 unknowns an output.
 
     Raises:
         DataError: the loader yields nothing, batches that cannot be joined, or features that are not finite.
