@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import orders
 import pytest
 import torch
+from fine_tune import Setting
 from protocol import Data
 
 
-def test_only_networks_that_have_both_count() -> None:
-    rows = [{"contender": name, "seed": seed, "target": target, "top1": top1} for name, seed, target, top1 in (
-        (orders.YARDSTICK, 0, 0.3, 70.0), ("DI", 0, 0.3, 71.0), ("DI", 1, 0.3, 90.0), (orders.YARDSTICK, 2, 0.3, 60.0),
-        ("DI", 2, 0.3, 59.5), ("FPGM", 2, 0.3, 61.0), (orders.YARDSTICK, 1, 0.5, 10.0), ("DI", 0, 0.5, 99.0),
+SETTING = Setting("resnet20, 16 px", (0.5, 0.3), orders.RECOVERY, judge="holdout")
+
+
+def test_only_networks_that_have_both_count_and_only_rows_of_this_setting() -> None:
+    taught = replace(SETTING, recipe=replace(SETTING.recipe, teacher_weight=0.7))
+    rows = [{**key, "contender": who, "seed": seed, "target": target, "top1": top1} for key, who, seed, target, top1 in (
+        (SETTING.key, "L2", 0, 0.3, 70.0), (SETTING.key, "DI", 0, 0.3, 71.0), (SETTING.key, "DI", 1, 0.3, 90.0),
+        (SETTING.key, "L2", 2, 0.3, 60.0), (SETTING.key, "DI", 2, 0.3, 59.5), (SETTING.key, "FPGM", 2, 0.3, 61.0),
+        (SETTING.key, "L2", 1, 0.5, 10.0), (SETTING.key, "DI", 0, 0.5, 99.0), (taught.key, "L2", 1, 0.3, 88.0),
     )]  # fmt: skip
-    assert orders.against(rows, 0.3) == {"DI": [1.0, -0.5], "FPGM": [1.0]}
-    assert orders.against(rows, 0.5) == {}
+    assert orders.ahead_of("L2", rows, SETTING, 0.3) == {"DI": [1.0, -0.5], "FPGM": [1.0]}
+    assert orders.ahead_of("DI", rows, SETTING, 0.3) == {"L2": [-1.0, 0.5], "FPGM": [1.5]}
+    assert orders.ahead_of("L2", rows, SETTING, 0.5) == orders.ahead_of("L2", rows, taught, 0.3) == {}
 
 
 def test_what_is_learned_is_never_judged(monkeypatch: pytest.MonkeyPatch) -> None:

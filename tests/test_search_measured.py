@@ -96,15 +96,15 @@ def test_a_start_that_nothing_beats_stays_after_one_round() -> None:
     assert measured_plan(EVEN, plan_for, lambda _: 1.0, orders=1, rounds=9)[0] is EVEN, "no gradient at all"
 
 
-@pytest.mark.parametrize("better", [{"a"}, {"b", "c"}, {"a", "b", "c"}], ids=str)
-def test_every_group_finds_the_order_that_serves_it(better: set[str]) -> None:
+@pytest.mark.parametrize("better", ["a", "bc", "abc"])
+def test_every_group_finds_the_order_that_serves_it(better: str) -> None:
     def loss(plan: PruningPlan) -> float:
         wrong = sum((plan.kept[n][0] > 0) != (n in better) for n in CHANNELS)
         return spare(3.0, 2.0, 1.0)(plan) + wrong
 
     found, wish = measured_plan(EVEN, plan_for, loss, orders=2, rounds=3)
     assert wish.orders == {n: int(n in better) for n in CHANNELS}
-    assert {n for n in CHANNELS if found.kept[n][0] > 0} == better
+    assert {n for n in CHANNELS if found.kept[n][0] > 0} == set(better)
     assert spare(3.0, 2.0, 1.0)(found) < spare(3.0, 2.0, 1.0)(EVEN), "and widths too"
 
 
