@@ -11,13 +11,12 @@ import torch
 from fine_tune import Setting
 from protocol import Data
 
-
 SETTING = Setting("resnet20, 16 px", (0.5, 0.3), orders.RECOVERY, judge="holdout")
 
 
 def test_only_networks_that_have_both_count_and_only_rows_of_this_setting() -> None:
     taught = replace(SETTING, recipe=replace(SETTING.recipe, teacher_weight=0.7))
-    rows = [{**key, "contender": who, "seed": seed, "target": target, "top1": top1} for key, who, seed, target, top1 in (
+    rows = [{**key, "contender": who, "seed": seed, "target": share, "top1": top1} for key, who, seed, share, top1 in (
         (SETTING.key, "L2", 0, 0.3, 70.0), (SETTING.key, "DI", 0, 0.3, 71.0), (SETTING.key, "DI", 1, 0.3, 90.0),
         (SETTING.key, "L2", 2, 0.3, 60.0), (SETTING.key, "DI", 2, 0.3, 59.5), (SETTING.key, "FPGM", 2, 0.3, 61.0),
         (SETTING.key, "L2", 1, 0.5, 10.0), (SETTING.key, "DI", 0, 0.5, 99.0), (taught.key, "L2", 1, 0.3, 88.0),
