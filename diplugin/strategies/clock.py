@@ -14,9 +14,11 @@ from ..errors import InfeasibleBudget
 from ..plan import PruningPlan
 
 _ATTEMPTS = 4
-#: Share of the budget from which on it counts as used. What is aimed at lies between that and the whole: a clock that
-#: is read again differs by a few per cent.
-_USED, _AIM = 0.95, 0.97
+#: Share of the budget from which on it counts as used.
+_USED = 0.95
+#: What is aimed at, as a share of the budget: a clock that is read again differs, and a plan that is in time already is
+#: not widened to the very limit.
+_TIGHTER, _WIDER = 0.99, 0.97
 
 
 def search_by_clock(
@@ -42,13 +44,13 @@ def search_by_clock(
         predicted, measured = _predicted(plan), milliseconds(plan)
         log(f"latency predicted {predicted:.4g} ms, measured {measured:.4g} ms")
         if measured > limit_ms:
-            over_ms = min(over_ms, predicted)
+            over_ms, aim = min(over_ms, predicted), _TIGHTER
         else:
-            within = plan
+            within, aim = plan, _WIDER
         if _USED * limit_ms <= measured <= limit_ms or attempt == _ATTEMPTS:
             break
         try:
-            other = search(_next_aim(predicted * _AIM * limit_ms / measured, within, over_ms))
+            other = search(_next_aim(predicted * aim * limit_ms / measured, within, over_ms))
         except InfeasibleBudget as error:
             if within is not None:
                 break
