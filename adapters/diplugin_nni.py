@@ -30,6 +30,7 @@ from diplugin.features import (
     chunks,
     device_of,
     first_images,
+    images_in,
     labels_of,
     to_device,
 )
@@ -38,7 +39,7 @@ from diplugin.layer_scores import score_layers
 from diplugin.masks import dead_channels, follower_masks, followers, remove_masked
 from diplugin.network import trace_network
 from diplugin.ranking import ByAll, Ranking, hand_out
-from diplugin.samples import call_inputs, collect, forward_any, images_in, on_cpu
+from diplugin.samples import call_inputs, collect, forward_any, on_cpu
 from diplugin.scoring import group_energies, group_norms
 from diplugin.taps import Tap
 

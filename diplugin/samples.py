@@ -36,12 +36,6 @@ def on_cpu(batch: Any) -> Any:
     return pytree.tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, plain)
 
 
-def images_in(batch: Any) -> int:
-    """Length of a batch's first tensor; 1 where it holds none."""
-    leaves = (x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.ndim)
-    return next((len(x) for x in leaves), 1)
-
-
 def forward_any(model: nn.Module, batch: Any) -> Any:
     """Run the model on (inputs, labels), or on the entries of a dict by name."""
     return model(**batch) if isinstance(batch, Mapping) else forward_inputs(model, batch)

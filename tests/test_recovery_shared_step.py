@@ -131,15 +131,23 @@ def close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def of_one_and_two(
+    processes: Processes, script: str, folder: Path, mode: str
+) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
+    """What every process of one and of two has saved, by (processes, rank)."""
+    found = {}
+    for size in (1, 2):
+        (folder / f"of{size}").mkdir()
+        for rank, done in enumerate(processes(script, size, folder / f"of{size}", mode)):
+            assert done.returncode == 0, done.stderr
+            found[size, rank] = load_file(folder / f"of{size}" / f"rank{rank}")
+    return found
+
+
 @pytest.mark.slow
 def test_two_processes_recover_as_one(processes: Processes, tmp_path: Path) -> None:
     """Compensation, recalibration, reconstruction, training and accuracy; batches of 32, 32, 32 and 3."""
-    found = {}
-    for size in (1, 2):
-        (tmp_path / f"of{size}").mkdir()
-        for rank, done in enumerate(processes(SCRIPT, size, tmp_path / f"of{size}", "")):
-            assert done.returncode == 0, done.stderr
-            found[size, rank] = load_file(tmp_path / f"of{size}" / f"rank{rank}")
+    found = of_one_and_two(processes, SCRIPT, tmp_path, "")
     close(found[1, 0], found[2, 0])
     assert all(torch.equal(found[2, 0][name], value) for name, value in found[2, 1].items())
 
@@ -174,12 +182,7 @@ def test_a_process_that_stops_ends_all_with_one_message(
 
 @pytest.mark.slow
 def test_single_images_are_skipped_by_all_processes_alike(processes: Processes, tmp_path: Path) -> None:
-    found = {}
-    for size in (1, 2):
-        (tmp_path / f"of{size}").mkdir()
-        for rank, done in enumerate(processes(SINGLES, size, tmp_path / f"of{size}", "some")):
-            assert done.returncode == 0, done.stderr
-            found[size, rank] = load_file(tmp_path / f"of{size}" / f"rank{rank}")
+    found = of_one_and_two(processes, SINGLES, tmp_path, "some")
     assert len(found[1, 0]["losses"]) == 2
     for rank in (0, 1):
         close(found[1, 0], found[2, rank])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diplugin.errors import DataError
-from diplugin.features import Observation
-from diplugin.samples import call_inputs, collect, forward_any, images_in, on_cpu
+from diplugin.features import Observation, images_in
+from diplugin.samples import call_inputs, collect, forward_any, on_cpu
 
 
 def test_a_loader_is_read_up_to_the_cap_and_no_further(make_images: Callable[..., Any]) -> None:

@@ -105,16 +105,21 @@ def first_images(loader: Iterable[Any], images: int) -> Iterator[Any]:
     """Batches of a loader until `images` images have gone by, none more; the last is cut where its leaves allow."""
     left = images
     for batch in loader if left > 0 else ():
-        rows = [x for x in pytree.tree_leaves(batch) if _has_rows(x)]
-        length = len(rows[0]) if rows else 1
-        whole = length <= left or any(len(x) != length for x in rows)
-        yield batch if whole else pytree.tree_map(lambda x, left=left: x[:left] if _has_rows(x) else x, batch)
+        length = images_in(batch)
+        whole = length <= left or any(len(x) != length for x in pytree.tree_leaves(batch) if has_rows(x))
+        yield batch if whole else pytree.tree_map(lambda x, left=left: x[:left] if has_rows(x) else x, batch)
         left -= length
         if left <= 0:
             return
 
 
-def _has_rows(leaf: Any) -> bool:
+def images_in(batch: Any) -> int:
+    """Length of a batch's first tensor; 1 where it holds none."""
+    return next((len(x) for x in pytree.tree_leaves(batch) if has_rows(x)), 1)
+
+
+def has_rows(leaf: Any) -> bool:
+    """Whether it is a tensor of one entry an image, if the batch is one of images."""
     return isinstance(leaf, Tensor) and leaf.ndim > 0
 
 
@@ -125,7 +130,7 @@ def batch_length(batch: Any) -> int | None:
         DataError: inputs and labels of different lengths.
     """
     leaves = pytree.tree_leaves(batch)
-    if not leaves or not all(isinstance(x, Tensor) and x.ndim > 0 for x in leaves):
+    if not leaves or not all(map(has_rows, leaves)):
         return None
     lengths = {len(x) for x in leaves}
     if len(lengths) != 1 and _uneven(batch):

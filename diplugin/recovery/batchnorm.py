@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ..errors import DataError
-from ..features import Forward, chunks, device_of, forward_inputs, to_device
+from ..features import Forward, chunks, device_of, forward_inputs, images_in, to_device
 from ..modes import evaluating
 from ..team import Team, current_team
 
@@ -62,7 +61,7 @@ def recalibrate_batchnorm(
                 norm.momentum = None  # a plain average over chunks
             turn = 0
             for batch in chunks(loader, chunk_size):
-                count = _images_in(batch)
+                count = images_in(batch)
                 if count < 2:
                     continue
                 if team.mine(turn):
@@ -103,7 +102,3 @@ def _average(norms: Sequence[Any], team: Team) -> None:
 
 def _statistics(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return norm.running_mean, norm.running_var
-
-
-def _images_in(batch: Any) -> int:
-    return next((len(x) for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor) and x.ndim), 0)

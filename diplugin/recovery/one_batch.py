@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import DataError, first_line
-from ..features import first_images
+from ..features import first_images, has_rows, images_in
 
 
 def one_batch(loader: Iterable[Any], images: int) -> tuple[Any, int]:
@@ -23,8 +23,8 @@ def one_batch(loader: Iterable[Any], images: int) -> tuple[Any, int]:
         DataError: the loader yields nothing, or batches that cannot be joined.
     """
     batches = list(first_images(loader, images))
-    lengths = [next((len(x) for x in pytree.tree_leaves(batch) if _has_rows(x)), 0) for batch in batches]
-    if not sum(lengths):
+    lengths = [images_in(batch) for batch in batches]
+    if not sum(lengths) or not any(map(has_rows, pytree.tree_leaves(batches))):
         raise DataError("expected a loader that yields batches to reconstruct with, got an empty one")
     try:
         joined = pytree.tree_map(lambda *parts: _joined(parts, lengths), *batches, is_leaf=_is_leaf)
@@ -65,8 +65,4 @@ def _is_leaf(node: Any) -> bool:
 
 
 def _has_entries(leaf: Any) -> bool:
-    return _has_rows(leaf) or isinstance(leaf, (list, tuple))
-
-
-def _has_rows(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0
+    return has_rows(leaf) or isinstance(leaf, (list, tuple))

@@ -8,6 +8,7 @@ for one that normalises a sum behind it.
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Output:
     norm: str | None = None
 
 
-class OutputWatch(TorchFunctionMode):
+class OutputWatch(TorchFunctionMode, ABC):
     """Follows outputs of layers through passes of a network; subclasses say what is done on the way."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,9 +46,9 @@ class OutputWatch(TorchFunctionMode):
         self.outputs: list[Output] = []
         self._by_id: dict[int, Output] = {}
 
+    @abstractmethod
     def hook(self, stack: ExitStack) -> None:
         """Set up the hooks of a pass; the stack removes them."""
-        raise NotImplementedError
 
     def read(self, output: Output) -> None:
         """Called when a function has made another tensor of an output."""
