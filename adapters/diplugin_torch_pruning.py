@@ -217,6 +217,7 @@ class DIImportance(tp.importance.Importance):
         norms, converted = norms_of(full, found), self._named(graph, full, found)
         if not self._current(graph, full, converted) and self._again is not None:
             self._fit(*self._again)
+            self._survivors.follow(graph)
         self._survivors.remember(key_of(graph, full), converted)
         rows, tap = self._tensors(converted)
         at = {point: scores for point, _, scores in rows}

@@ -28,13 +28,13 @@ def key_of(graph: Any, group: Any) -> tuple[str, bool]:
 
 
 def whole_group(group: Any) -> tuple[Any, Tensor]:
-    """The group with all its root channels, and which of those the given one holds."""
+    """The group with all its root channels in order, and which of those the given one holds."""
     root, graph = group[0].dep, group._DG
     width = (graph.get_out_channels if graph.is_out_channel_pruning_fn(root.handler) else graph.get_in_channels)(
         root.target.module
     )
     chosen = torch.tensor(list(group[0].idxs), dtype=torch.long)
-    if width is None or len(chosen) == width:
+    if width is None or torch.equal(chosen, torch.arange(width)):
         return group, torch.arange(len(chosen))
     return graph.get_pruning_group(root.target.module, root.handler, list(range(width))), chosen
 

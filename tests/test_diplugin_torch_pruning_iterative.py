@@ -58,6 +58,33 @@ def test_refit_scores_the_network_as_it_is():
     assert model.conv1.out_channels == 6
 
 
+def test_refit_scores_afresh_also_a_group_far_from_what_left_since_the_last_fit():
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(6)]
+    model = nn.Sequential(*(m for conv in convs for m in (conv, nn.ReLU())), nn.Flatten(), nn.Linear(8 * SIDE**2, 3))
+    importance = DIImportance(refit=True).fit(model, [data()])
+    graph = tp.DependencyGraph().build_dependency(model, (X,))
+    for conv in (convs[0], convs[2]):
+        importance(graph.get_pruning_group(conv, tp.prune_conv_out_channels, list(range(8))))
+        graph.get_pruning_group(conv, tp.prune_conv_out_channels, [0, 1, 2]).prune()
+    group = graph.get_pruning_group(convs[4], tp.prune_conv_out_channels, list(range(8)))
+    torch.testing.assert_close(importance(group), DIImportance().fit(model, [data()])(group))
+
+
+def test_a_group_asked_for_in_another_order_is_followed_by_its_channels():
+    model = make()
+    importance = DIImportance(**PLAIN).fit(model, [data()])
+    before = importance(group_of(model, "conv1"))
+    order = list(reversed(range(12)))
+    group = group_of(model, "conv1", order)
+    torch.testing.assert_close(importance(group), before[order])
+    group._DG.get_pruning_group(model.conv1, tp.prune_conv_out_channels, [1, 4]).prune()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StaleScoresWarning)
+        left = group._DG.get_pruning_group(model.conv1, tp.prune_conv_out_channels, list(range(10)))
+        torch.testing.assert_close(importance(left), before[[c for c in range(12) if c not in (1, 4)]])
+
+
 @pytest.mark.parametrize("refit", [False, True])
 def test_a_floor_is_of_the_channels_at_first(refit: bool):
     torch.manual_seed(0)
