@@ -25,8 +25,8 @@ def accuracy(
 
     Class ids [N], one-hot targets [N, L] and soft labels (rows of probabilities) are compared with the largest logit,
     multi-label targets with the signs of the logits, label by label; 0/1 targets are one-hot if every image of the data
-    has one label. Where `torch.distributed` is initialised every process runs some of the batches, and all get the
-    same figure.
+    has one label of several. Targets with positions [N, L, ...] are judged position by position. Where
+    `torch.distributed` is initialised every process runs some of the batches, and all get the same figure.
 
     Raises:
         DataError: an empty loader, or labels that do not fit the outputs.
@@ -48,15 +48,15 @@ class Tally:
     """Counts of what was right, batch by batch.
 
     Attributes:
-        counts: float64; right and all images by their largest logit, right and all labels by the logits' signs, images
-            that have not exactly one label. Those of several tallies may be added up.
+        counts: float64; right and all images (or their positions) by their largest logit, right and all labels by the
+            logits' signs, images that have not exactly one label. Those of several tallies may be added up.
     """
 
     def __init__(self) -> None:
         self.counts = torch.zeros(5, dtype=torch.float64)
 
     def add(self, logits: Any, labels: Tensor) -> None:
-        """One more batch: logits [N, C], class ids [N] or targets [N, C].
+        """One more batch: logits [N, C] and class ids [N], or logits and targets of one shape [N, C, ...].
 
         Raises:
             DataError: labels that do not fit the logits.
@@ -68,7 +68,7 @@ class Tally:
         else:
             largest = (logits.argmax(1) == labels.argmax(1)).sum()
             signs = ((logits > 0) == (labels > 0.5)).sum()
-            found = [largest, len(labels), signs, labels.numel(), (~of_one_label(labels)).sum()]
+            found = [largest, labels[:, 0].numel(), signs, labels.numel(), (~of_one_label(labels)).sum()]
         self.counts += torch.tensor([float(x) for x in found], dtype=torch.float64)
 
     @property
@@ -86,12 +86,15 @@ class Tally:
 
 
 def of_one_label(targets: Tensor) -> Tensor:
-    """Whether each row of targets [N, L] sums to one, as the probabilities of an image's one label do.
+    """Whether each row of targets [N, L, ...] sums to one, as the probabilities of an image's one label do.
+
+    A column of its own is no choice among labels, and never of one.
 
     >>> of_one_label(torch.tensor([[0.9, 0.05, 0.05], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [-1.0, 2.0, 0.0]]))
     tensor([ True,  True, False, False])
     """
-    return (targets >= 0).all(1) & ((targets.float().sum(1) - 1).abs() <= 1e-3)  # rounded sums are one, too
+    sums_to_one = (targets.float().sum(1) - 1).abs() <= 1e-3  # rounded sums are one, too
+    return (targets >= 0).all(1) & sums_to_one & (targets.shape[1] > 1)
 
 
 def check_fit(logits: Any, labels: Tensor) -> None:
@@ -107,9 +110,11 @@ def check_fit(logits: Any, labels: Tensor) -> None:
         if labels.shape != logits.shape:
             raise DataError(f"expected targets of the logits' shape {list(logits.shape)}, got {list(labels.shape)}")
         return
+    if logits.ndim != 2:
+        raise DataError(f"expected logits [N, classes] for {len(labels)} labels, got {list(logits.shape)}")
     if labels.is_floating_point():
         raise DataError(f"expected class ids as integers, got {labels.dtype}")
-    if int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
+    if len(labels) and (int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0):
         raise DataError(
             f"expected class ids from 0 to {logits.shape[1] - 1} for this model, "
             f"got {int(labels.min())} to {int(labels.max())}"

@@ -79,3 +79,36 @@ def test_soft_labels_are_judged_by_their_largest_share() -> None:
     rounded = torch.full((4, 8), 0.1).scatter(1, ids[:, None], 0.3)
     wide = torch.cat([LOGITS, torch.full((4, 5), -9.0)], 1)
     assert bool((rounded.sum(1) != 1).any()) and accuracy(Table(wide), [(torch.arange(4), rounded)]) == 3 / 4
+
+
+def test_targets_by_position_are_counted_by_position() -> None:
+    """Maps [N, C, H, W] as their pixels in a row, each an image of its own."""
+    maps, ids = torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
+    one_hot = torch.eye(3)[ids].movedim(-1, 1)
+    rows, targets = (t.movedim(1, -1).reshape(-1, 3) for t in (maps, one_hot))
+    for labels, flat in ((one_hot, targets), (1 - one_hot, 1 - targets)):
+        by_row = accuracy(nn.Identity(), [(rows, flat)])
+        assert accuracy(nn.Identity(), list(zip(maps.split(1), labels.split(1), strict=True))) == pytest.approx(by_row)
+        assert 0 < by_row < 1
+
+
+def test_class_ids_of_images_are_not_judged_by_outputs_with_positions() -> None:
+    """Compared with one another they would be broadcast, and right more often than asked."""
+    with pytest.raises(DataError, match=r"logits \[N, classes\] for 6 labels, got \[6, 3, 1, 1\]"):
+        accuracy(nn.Identity(), [(torch.randn(6, 3, 1, 1), torch.randint(3, (6,)))])
+
+
+def test_one_column_of_targets_is_judged_by_signs_whatever_the_labels() -> None:
+    """Where all labels are 1 they look one-hot, and the largest of one logit is always right."""
+    logits = torch.tensor([[1.0], [-1.0], [2.0], [0.5]])
+    assert accuracy(nn.Identity(), [(logits, torch.ones(4, 1))]) == 3 / 4
+    assert accuracy(nn.Identity(), [(logits, torch.tensor([[1.0], [0.0], [0.0], [1.0]]))]) == 3 / 4
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(0).long(), torch.zeros(0, 3)], ids=["class ids", "targets"])
+def test_batches_without_images_count_for_nothing(labels: Tensor) -> None:
+    full = torch.arange(3) if labels.ndim == 1 else torch.eye(3)
+    batches = [(torch.zeros(0, 3), labels), (torch.eye(3), full)]
+    assert accuracy(nn.Identity(), batches) == 1.0
+    with pytest.raises(DataError, match="an empty one"):
+        accuracy(nn.Identity(), batches[:1])

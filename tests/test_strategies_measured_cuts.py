@@ -84,6 +84,8 @@ def test_the_loss_is_what_a_cut_and_refitted_network_loses_on_disguised_images(l
             losses = torch.cat([F.cross_entropy(small.eval()(x), y, reduction="none") for x, y in seen])
         assert len(losses) == 100
         assert judge(plan) == pytest.approx(float(losses.mean()), rel=1e-4)
+    nothing = (torch.zeros(0, *INPUTS[0].shape[1:]), torch.zeros(0).long())
+    assert replace(loss_of, judged=[*loss_of.judged, nothing])(plan) == loss_of(plan), "a batch without images"
 
 
 def test_data_that_vary_at_random_vary_alike_in_every_trial(loss_of: CutLoss) -> None:

@@ -19,7 +19,7 @@ def label_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor
     if bool(((labels == 0) | (labels == 1)).all()):
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
     labels = labels.to(logits.dtype)
-    if labels.ndim == 2 and labels.shape[1] > 1 and bool(of_one_label(labels).all()):
+    if labels.ndim == 2 and bool(of_one_label(labels).all()):
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
     return F.mse_loss(logits, labels)
 

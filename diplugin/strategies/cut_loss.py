@@ -74,7 +74,8 @@ class CutLoss:
                     batch = to_device(batch, device_of(model))
                     labels, logits = self.get_labels(batch), self.forward(model, batch)
                     check_fit(logits, labels)
-                    sums += torch.tensor([float(label_loss(logits, labels)) * len(labels), len(labels)])
+                    if len(labels):  # the mean over no image is no number
+                        sums += torch.tensor([float(label_loss(logits, labels)) * len(labels), len(labels)])
         team.sum([sums])
         return float(sums[0]), float(sums[1])
 
