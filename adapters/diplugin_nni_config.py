@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diplugin.costs import Budget, CostModel, PeakActivationMemory, macs, params
 from diplugin.costs.latency import LatencyCost
-from diplugin.errors import DipluginError, UserError, first_line
+from diplugin.errors import DipluginError, UserError
 from diplugin.features import device_of, to_device
 from diplugin.groups import ChannelGroup
 from diplugin.network import NetworkTrace, trace_network
@@ -46,15 +46,21 @@ def checked_config(model: nn.Module, config_list: Any) -> list[dict[str, Any]]:
         raise UserError("expected a config_list with an entry such as {'op_types': ['Conv2d'], 'sparse_ratio': 0.5}")
     with nni_errors("a config_list in NNI's form"):
         entries = trans_legacy_config_list(copy.deepcopy(list(config_list)))
+    entries = [entry for entry, given in zip(entries, config_list, strict=True) if not _only_excludes(entry, given)]
     for i, entry in enumerate(entries):
         where = f"config_list[{i}]"
         _check_keys(entry, where)
         for setting in (entry, *entry.get("target_settings", {}).values()):
-            _check_ratios(setting, where)
+            _check_numbers(setting, where)
         with nni_errors(f"{where} by NNI's schema"):
             default_config_schema("pruning").validate(entry)
         _check_selection(model, entry, where)
     return entries
+
+
+def _only_excludes(entry: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether it stood for layers to leave alone, in NNI's old words: the other entries exclude them now."""
+    return "exclude" in given and "exclude" not in entry
 
 
 def _check_keys(entry: dict[str, Any], where: str) -> None:
@@ -70,15 +76,18 @@ def _check_keys(entry: dict[str, Any], where: str) -> None:
 
 def _check_selection(model: nn.Module, entry: dict[str, Any], where: str) -> None:
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    unknown = [name for name in entry.get("op_names", ()) if name not in known]
-    if unknown:
-        raise UserError(f"expected op_names of the model in {where}, it has no {unknown[0]!r}")
-    if not select_modules_by_config(model, entry)[0]:
+    for key in ("op_names", "exclude_op_names"):
+        unknown = [name for name in entry.get(key, ()) if name not in known]
+        if unknown:
+            raise UserError(f"expected {key} of the model in {where}, it has no {unknown[0]!r}")
+    with nni_errors(f"regular expressions in {where}"):
+        selected = select_modules_by_config(model, entry)[0]
+    if not selected:
         asked = {k: v for k, v in entry.items() if k.startswith(("op_", "exclude_"))}
         raise UserError(f"expected {where} to select a layer of the model, {asked} selects none")
 
 
-def _check_ratios(setting: dict[str, Any], where: str) -> None:
+def _check_numbers(setting: dict[str, Any], where: str) -> None:
     for key in (*_RATIOS, "sparse_threshold"):
         value = setting.get(key)
         if value is None:
@@ -87,6 +96,9 @@ def _check_ratios(setting: dict[str, Any], where: str) -> None:
             raise UserError(f"expected {key} in {where} as a float such as 0.5, got {type(value).__name__} {value!r}")
         if key in _RATIOS and not 0 <= value <= 1:
             raise UserError(f"expected {key} in {where} between 0.0 and 1.0, got {value}")
+    blocks = setting.get("internal_metric_block")
+    if blocks is not None and not (isinstance(blocks, int) and blocks >= 1):
+        raise UserError(f"expected internal_metric_block in {where} as an integer of 1 or more, got {blocks!r}")
     low, high = setting.get("min_sparse_ratio") or 0.0, setting.get("max_sparse_ratio") or 1.0
     if low > high:
         raise UserError(f"expected min_sparse_ratio at most max_sparse_ratio in {where}, got {low} above {high}")
@@ -100,7 +112,8 @@ def nni_errors(expected: str) -> Iterator[None]:
     except DipluginError:
         raise
     except Exception as error:
-        why = first_line(error) if str(error).strip() else f"an {type(error).__name__} without a message"
+        # A schema tells what is wrong on its last line, and where on those before.
+        why = " ".join(str(error).split())[:300] or f"an {type(error).__name__} without a message"
         raise UserError(f"expected {expected}, got: {why}") from error
 
 

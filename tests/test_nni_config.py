@@ -112,3 +112,12 @@ def test_the_model_and_the_data_are_left_alone(
 
     config_list_for(model, ["macs=0.7"], calibration_data=batches())
     assert_same_state(model, before)
+
+
+def test_layers_excluded_in_nnis_old_words_stay(make_net: MakeNet, make_images: Callable[..., Any]) -> None:
+    config_list = [{"op_types": ["Conv2d"], "sparsity": 0.5}, {"exclude": True, "op_names": ["0"]}]
+    nnis = L1NormPruner(make_net("vgg")[0], config_list).compress()[1]
+    model, _ = make_net("vgg")
+    masks = DIPruner(model, config_list, calibration_data=make_images(40).loader(40)).compress()[1]
+    assert set(masks) == set(nnis) == {"3"}
+    assert float(masks["3"]["weight"].mean()) == float(nnis["3"]["weight"].mean()) == 0.5
