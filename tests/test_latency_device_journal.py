@@ -16,6 +16,7 @@ from small_profiles import small_plan
 
 from diplugin.errors import TableError
 from diplugin.latency import device
+from diplugin.latency.device import profiler, state
 from diplugin.latency.device.rows import JOURNAL_FORMAT, sealed
 from diplugin.latency.finish import finish
 from diplugin.latency.plan import ProfilePlan
@@ -114,6 +115,34 @@ def test_a_journal_of_another_plan_is_refused(tmp_path: Path) -> None:
     run(small_plan(3), tmp_path / "j")
     with pytest.raises(device.ProfileError, match="another plan"):
         run(small_plan(4), tmp_path / "j")
+
+
+@pytest.mark.parametrize(("name", "other"), [("device", "Raspberry Pi 5"), ("machine", "riscv64"), ("emulated", True)])
+def test_a_journal_begun_on_another_device_is_not_gone_on_with(
+    name: str, other: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times of two devices make no table; what is whole already may be read anywhere."""
+    plan, path = small_plan(3), tmp_path / "j"
+    run(plan, path)
+    whole = path.read_text()
+    path.write_text("".join(whole.splitlines(keepends=True)[:3]))
+    before, said = path.read_text(), state.provenance({"version": Idle.version})
+    monkeypatch.setattr(profiler, "provenance", lambda setting: {**said, name: other})
+    with pytest.raises(device.ProfileError, match=rf"begun with {name}.*--journal"):
+        run(plan, path)
+    assert path.read_text() == before
+    path.write_text(whole)
+    assert set(run(plan, path).rows) == ids(plan)
+
+
+def test_a_journal_begun_under_another_version_of_the_runtime_is_not_gone_on_with(tmp_path: Path) -> None:
+    plan, updated = small_plan(3), Idle()
+    run(plan, tmp_path / "j")
+    (tmp_path / "j").write_text("".join((tmp_path / "j").read_text().splitlines(keepends=True)[:3]))
+    updated.version = "1.1"
+    with pytest.raises(device.ProfileError, match=r"begun with runtime_version '1\.0' and here it is '1\.1'"):
+        run(plan, tmp_path / "j", updated)
+    assert set(run(plan, tmp_path / "j").rows) == ids(plan)
 
 
 def test_two_processes_do_not_write_one_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from diplugin.errors import DeviceError, TableError
 from diplugin.latency import device
+from diplugin.latency.device.rows import sealed, unsealed
 from diplugin.latency.graphs import export_bytes
 from diplugin.latency.plan import ProfilePlan, Protocol, add_entries, runtime_setting
 from diplugin.latency.remote import ConnectionLost, Remote, measure_there, run_bundle_there
@@ -83,6 +84,25 @@ def test_a_wiped_device_goes_on_with_the_journal_that_is_here(tmp_path: Path, st
     shutil.rmtree(remote.folder)
     run_bundle_there(remote, bundle, journal)
     assert complete(plan, journal) and journal.read_bytes().splitlines(keepends=True)[:5] == kept
+
+
+def test_a_journal_begun_on_another_device_is_refused_there_and_another_name_works(
+    tmp_path: Path, stand_in: StandIn
+) -> None:
+    """The second Pi of an engineer who forgot that a journal of the first lies here, half done."""
+    plan, remote = small_plan(), stand_in("")
+    bundle, journal = plan.save(tmp_path / "b.pyz"), tmp_path / "b.jsonl"
+    run_bundle_there(remote, bundle, journal)
+    header, *rows = journal.read_text().splitlines(keepends=True)
+    said = unsealed(header)
+    journal.write_text(sealed({**said, "provenance": {**said["provenance"], "device": "Pi 4"}}) + "".join(rows[:4]))
+    before = journal.read_bytes()
+    shutil.rmtree(remote.folder)
+    with pytest.raises(DeviceError, match=r"begun with device 'Pi 4'.*--journal"):
+        run_bundle_there(remote, bundle, journal)
+    assert journal.read_bytes() == before
+    assert run_bundle_there(remote, bundle, tmp_path / "second.jsonl") == len(plan.jobs)
+    assert complete(plan, tmp_path / "second.jsonl")
 
 
 def test_a_journal_of_another_plan_is_left_alone_and_never_sent(tmp_path: Path, stand_in: StandIn) -> None:

@@ -146,7 +146,8 @@ def _relay(process: subprocess.Popen[bytes], progress: IO[str]) -> list[str]:
 def run_bundle_there(remote: Remote, bundle: Path, journal: Path, progress: IO[str] | None = None) -> int:
     """Run a bundle on a device and bring its journal back; returns the number of rows.
 
-    After a lost connection it connects again, a few times; after that the same call goes on with what is done.
+    After a lost connection it connects again, a few times; after that the same call goes on with what is done. The
+    journal there is named after the one here: one begun on another device stands in nobody's way.
 
     Raises:
         TableError: the bundle is none, or the journal here is of another plan or cannot be written.
@@ -154,25 +155,24 @@ def run_bundle_there(remote: Remote, bundle: Path, journal: Path, progress: IO[s
     """
     plan = load_bundle(bundle).plan
     _check_here(plan, journal)
-    stem = f"{bundle.stem}-{plan['sha256'][:12]}"
+    program, rows = (f"{path.stem}-{plan['sha256'][:12]}{end}" for path, end in ((bundle, ".pyz"), (journal, ".jsonl")))
     for attempt in range(RETRIES + 1):
         try:
-            remote.send(bundle, stem + ".pyz")
-            if journal.exists() and not remote.fetch(stem + ".jsonl"):
-                remote.send(journal, stem + ".jsonl")
-            words = (shlex.quote(remote.python), remote.path(stem + ".pyz"), "--wait --journal",
-                     remote.path(stem + ".jsonl"))  # fmt: skip
+            remote.send(bundle, program)
+            if journal.exists() and not remote.fetch(rows):
+                remote.send(journal, rows)
+            words = (shlex.quote(remote.python), remote.path(program), "--wait --journal", remote.path(rows))
             remote.call(" ".join(words), progress=progress)
             break
         except ConnectionLost:
-            _bring_back(remote, stem, plan, journal, quiet=True)
+            _bring_back(remote, rows, plan, journal, quiet=True)
             if attempt == RETRIES:
                 raise
             time.sleep(remote.backoff_s * 2**attempt)
         except DeviceError:
-            _bring_back(remote, stem, plan, journal, quiet=True)
+            _bring_back(remote, rows, plan, journal, quiet=True)
             raise
-    return _bring_back(remote, stem, plan, journal)
+    return _bring_back(remote, rows, plan, journal)
 
 
 def _check_here(plan: Mapping[str, Any], journal: Path) -> None:
@@ -185,10 +185,10 @@ def _check_here(plan: Mapping[str, Any], journal: Path) -> None:
         own_journal(plan, journal)
 
 
-def _bring_back(remote: Remote, stem: str, plan: Mapping[str, Any], journal: Path, *, quiet: bool = False) -> int:
+def _bring_back(remote: Remote, name: str, plan: Mapping[str, Any], journal: Path, *, quiet: bool = False) -> int:
     """Fetch the journal, replacing the local one only by a readable one of the same plan with no fewer rows."""
     try:
-        data = remote.fetch(stem + ".jsonl")
+        data = remote.fetch(name)
         partial = journal.with_name(journal.name + ".partial")
         partial.write_bytes(data)
         try:

@@ -13,6 +13,8 @@ from .errors import ProfileError, first_line
 from .rows import JOURNAL_FORMAT, check_header, check_row, sealed, unsealed
 
 WAIT_S = 1.0
+#: What stays the same for all rows of a journal: times of two devices, or under two runtimes, make no table.
+UNCHANGED = ("device", "machine", "emulated", "runtime_version")
 
 
 class Journal:
@@ -24,7 +26,7 @@ class Journal:
     def __init__(self, path, plan, wait=None):
         self.path, self.plan = str(path), plan
         self.lock = locked(self.path, wait)
-        self.rows, self.fresh = {}, True
+        self.rows, self.begun = {}, None
         try:
             if os.path.exists(self.path):
                 self._take_up()
@@ -40,7 +42,7 @@ class Journal:
         header, self.rows = read_journal(self.path)
         if header is not None and header["plan_sha256"] != self.plan["sha256"]:
             raise ProfileError(f"journal {self.path!r} belongs to another plan: name another one with --journal")
-        self.fresh = header is None
+        self.begun = None if header is None else header["provenance"]
 
     def _repair(self):
         """Cut a last line that a kill left unfinished."""
@@ -53,7 +55,8 @@ class Journal:
                 os.fsync(file.fileno())
 
     def start(self, provenance):
-        if self.fresh:
+        """Begin the journal here, or go on with it if it was begun here."""
+        if self.begun is None:
             self._append(
                 {
                     "format": JOURNAL_FORMAT,
@@ -62,7 +65,14 @@ class Journal:
                     "provenance": provenance,
                 }
             )
-        self.fresh = False
+            self.begun = provenance
+        for name in UNCHANGED:
+            before, now = (str(said.get(name, ""))[:80] for said in (self.begun, provenance))
+            if name in self.begun and before != now:
+                raise ProfileError(
+                    f"the journal {self.path!r} was begun with {name} {before!r} and here it is {now!r}: finish it "
+                    "there, or name another one with --journal"
+                )
 
     def close(self):
         """Let other processes at the journal."""
