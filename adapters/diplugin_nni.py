@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ from diplugin.taps import Tap
 
 try:
     from diplugin_nni_config import checked_config, config_list_for, follower_config, nni_errors
-    from diplugin_nni_evaluator import check_sources, counted_steps, first_batch, torch_evaluator
+    from diplugin_nni_evaluator import check_count, check_sources, counted_steps, first_batch, torch_evaluator
     from diplugin_nni_targets import (
         TRANSPOSED,
         Targets,
@@ -93,8 +94,8 @@ class DIPruner(Pruner):
         get_labels, forward: `get_labels(batch)` and `forward(model, batch)` for batches of other forms.
         align_followers: mask BatchNorms and depthwise convolutions along with the layers they follow.
         max_samples: images kept for scoring, on the CPU; bounds memory.
-        example_inputs: positional inputs to find channel groups with; None takes them from the calibration data,
-            the evaluator's `dummy_input`, or one look at the evaluator's first batch.
+        example_inputs: positional inputs (or one tensor) to find channel groups with; None takes them from the
+            calibration data, the evaluator's `dummy_input`, or one look at the evaluator's first batch.
 
     Raises:
         UserError: a config_list, evaluator or setting that cannot be used.
@@ -120,9 +121,10 @@ class DIPruner(Pruner):
         forward: Forward | None = None,
         align_followers: bool = True,
         max_samples: int = MAX_SAMPLES,
-        example_inputs: tuple[Any, ...] | None = None,
+        example_inputs: tuple[Any, ...] | Tensor | None = None,
     ) -> None:
         check_sources(evaluator, training_steps, calibration_data)
+        check_count("max_samples", max_samples)
         self.tap, self.ranking, self.max_samples = tap, ranking or ByAll(), max_samples
         self.observation = Observation(get_labels or labels_of, forward or forward_any, _positive("rho", rho))
         self._calibration = None if calibration_data is None else collect(calibration_data, max_samples)
@@ -131,16 +133,20 @@ class DIPruner(Pruner):
         if evaluator is not None and not evaluator._initialization_complete:
             with nni_errors("an evaluator whose optimizers are traced with nni.trace"):
                 evaluator._init_optimizer_helpers(model)
-        inputs = example_inputs or self._example_inputs(model, evaluator)
+        inputs = self._example_inputs(model, evaluator) if example_inputs is None else _as_tuple(example_inputs)
         self._groups = _groups_of(model, inputs)
         self._followers: tuple[str, ...] = ()
         if align_followers:
             configured = {name for config in checked for name in select_modules_by_config(model, config)[0]}
             self._followers = followers(self._groups, configured)
             checked += [follower_config(name, model.get_submodule(name)) for name in self._followers]
-        with nni_errors("a config_list that NNI can apply to this model"):
-            super().__init__(model, checked, evaluator, existed_wrappers)
-        check_targets(self._target_spaces)
+        try:
+            with nni_errors("a config_list that NNI can apply to this model"):
+                super().__init__(model, checked, evaluator, existed_wrappers)
+            check_targets(self._target_spaces)
+        except UserError:
+            _unwrap(model)
+            raise
         # Read by AGPPruner and LinearPruner, which set both.
         self.training_steps = training_steps or 1
         self.interval_steps = self.training_steps
@@ -236,7 +242,7 @@ class DIPruner(Pruner):
             return call_inputs(model, self._calibration[0], self.observation)
         dummy = getattr(evaluator, "dummy_input", None)
         if dummy is not None:
-            return dummy if isinstance(dummy, tuple) else (dummy,)
+            return _as_tuple(dummy)
         batch = first_batch(model, evaluator) if evaluator is not None else None
         return None if batch is None else call_inputs(model, batch, self.observation)
 
@@ -265,11 +271,15 @@ class DIPruner(Pruner):
 
     def _rank_by(self, batches: list[Any]) -> Callable[[ChannelGroup, Tensor], Tensor]:
         model, forward = self.bound_model, self.observation.forward
-        batch = to_device(next(iter(chunks(first_images(batches, CHUNK_SIZE)))), device_of(model))
-        energies = group_energies(model, batch, self._groups, forward)
-        norms = group_norms(model, self._groups)
+
+        @cache
+        def measured() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            """Energies and norms: asked for once DI is known, so on batches and under masks that were run before."""
+            batch = to_device(next(iter(chunks(first_images(batches, CHUNK_SIZE)))), device_of(model))
+            return group_energies(model, batch, self._groups, forward), group_norms(model, self._groups)
 
         def rank(group: ChannelGroup, losses: Tensor) -> Tensor:
+            energies, norms = measured()
             values = self.ranking(losses, energies.get(group.name), norms.get(group.name))
             return hand_out(losses, values, group.blocks)
 
@@ -316,16 +326,24 @@ def speedup(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]], 
     >>> _, masks = pruner.compress()  # doctest: +SKIP
     >>> small = speedup(model, masks, torch.randn(1, 3, 32, 32))  # doctest: +SKIP
     """
+    _unwrap(model)
+    return remove_masked(model, masks, _as_tuple(example_inputs))
+
+
+def _unwrap(model: nn.Module) -> None:
     for module in list(model.modules()):
         wrapper = getattr(module, "_nni_wrapper", None)
         if wrapper is not None:
             wrapper.unwrap()
-    return remove_masked(model, masks, example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
+
+
+def _as_tuple(inputs: Any) -> tuple[Any, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 def _positive(name: str, value: float) -> float:
-    if not isinstance(value, (int, float)) or not value > 0:
-        raise UserError(f"expected {name} above 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise UserError(f"expected {name} above 0 and finite, got {value!r}")
     return float(value)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,6 +85,19 @@ def _check_selection(model: nn.Module, entry: dict[str, Any], where: str) -> Non
     if not selected:
         asked = {k: v for k, v in entry.items() if k.startswith(("op_", "exclude_"))}
         raise UserError(f"expected {where} to select a layer of the model, {asked} selects none")
+    _select_once(model, entry, selected, where)
+
+
+def _select_once(model: nn.Module, entry: dict[str, Any], selected: Mapping[str, nn.Module], where: str) -> None:
+    """NNI wraps a layer under each of its names, which fails at the second: it is selected by its first alone."""
+    first = {module: name for name, module in model.named_modules()}
+    others = [name for name, module in selected.items() if first[module] != name]
+    for name in others:
+        if first[selected[name]] not in selected:
+            raise UserError(f"expected one name for each layer in {where}, {name!r} is another name of "
+                            f"{first[selected[name]]!r}: select that one, or neither")  # fmt: skip
+    if others:
+        entry["exclude_op_names"] = [*entry.get("exclude_op_names", ()), *others]
 
 
 def _check_numbers(setting: dict[str, Any], where: str) -> None:

@@ -56,9 +56,13 @@ def check_sources(evaluator: Any, training_steps: Any, calibration_data: Any) ->
         raise UserError("expected calibration_data, or an evaluator with training_steps, for DIPruner; got neither")
     if evaluator is not None and not isinstance(evaluator, Evaluator):
         raise UserError(f"expected an NNI evaluator such as TorchEvaluator, got {type(evaluator).__name__}")
-    steps_count = isinstance(training_steps, int) and not isinstance(training_steps, bool) and training_steps >= 1
-    if not steps_count and (training_steps is not None or calibration_data is None):
-        raise UserError(f"expected training_steps as an integer of 1 or more, got {training_steps!r}")
+    if training_steps is not None or calibration_data is None:
+        check_count("training_steps", training_steps)
+
+
+def check_count(name: str, count: Any) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UserError(f"expected {name} as an integer of 1 or more, got {count!r}")
 
 
 def first_batch(model: nn.Module, evaluator: Evaluator) -> Any:

@@ -25,6 +25,11 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 def check_targets(spaces: Targets) -> None:
+    """Raise UserError unless there is something to prune, all of it with channels."""
+    aligned_to_others = any((space.align or {}).get("module_name") for *_, space in targets_with(spaces, "align"))
+    if not aligned_to_others and not any(targets_with(spaces, "sparse_ratio", "sparse_threshold")):
+        raise UserError("expected sparse_ratio or sparse_threshold for a target that no earlier compressor prunes, "
+                        "config_list has none")  # fmt: skip
     for module, target, space in targets_with(spaces, "sparse_ratio", "sparse_threshold"):
         kind = type(space._wrapper.module)
         if issubclass(kind, nn.Embedding):

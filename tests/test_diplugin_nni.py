@@ -180,3 +180,19 @@ def test_batches_of_any_form(make_net: MakeNet, make_images: MakeImages) -> None
     got = DIPruner(model, config(model), calibration_data=batches, get_labels=lambda b: b["target"],
                    forward=lambda m, b: m(b["input"])).compress()[1]  # fmt: skip
     assert all(torch.equal(got[m][t], want[m][t]) for m in want for t in want[m])
+
+
+def test_a_layer_of_two_names_is_pruned_once(make_images: MakeImages) -> None:
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), shared, nn.ReLU(), shared, nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                          nn.Flatten(), nn.Linear(8, 4)).eval()  # fmt: skip
+    data = make_images(100)
+    _, masks = DIPruner(model, config(model), calibration_data=data.loader(50)).compress()
+    assert set(masks) == {"0", "2"}
+    assert_cut_equals_masked(model, masks, data.images[:5])
+
+
+def test_example_inputs_may_be_a_tensor(make_net: MakeNet, make_images: MakeImages) -> None:
+    model, (x,) = make_net("plain")
+    _, masks = DIPruner(model, config(model), calibration_data=make_images(50).loader(50), example_inputs=x).compress()
+    assert len(masks) > len(sparsity({m: masks[m] for m in ("0", "3", "7")}))  # BatchNorms are masked along

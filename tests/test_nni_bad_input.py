@@ -55,11 +55,34 @@ def test_config_lists(make_net: MakeNet, make_images: Callable[..., Any], config
     assert_one_line(caught.value)
 
 
-def test_a_refused_config_leaves_the_model_unwrapped(make_net: MakeNet, make_images: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"op_types": ["ReLU"], "sparse_ratio": 0.5},
+        {"op_types": ["Conv2d"], "sparse_ratio": 0.5, "granularity": "per_channel"},
+        {"op_types": ["Conv2d"]},
+    ],
+)
+def test_a_refused_config_leaves_the_model_unwrapped(
+    make_net: MakeNet, make_images: Callable[..., Any], entry: Any, state_of: Any, assert_same_state: Any
+) -> None:
     model, _ = make_net("vgg")
-    with pytest.raises(UserError):
-        DIPruner(model, [{"op_types": ["ReLU"], "sparse_ratio": 0.5}], calibration_data=make_images(40).loader(40))
+    before = state_of(model)
+    with pytest.raises(UserError) as caught:
+        DIPruner(model, [entry], calibration_data=make_images(40).loader(40))
+    assert_one_line(caught.value)
     assert not any(hasattr(m, "_nni_wrapper") for m in model.modules())
+    assert_same_state(model, before)
+
+
+def test_nothing_to_prune(make_net: MakeNet, make_images: Callable[..., Any]) -> None:
+    loader = make_images(40).loader(40)
+    with pytest.raises(UserError, match="sparse_ratio or sparse_threshold for a target"):
+        DIPruner(make_net("vgg")[0], [{"op_types": ["Conv2d"]}], calibration_data=loader)
+    first = DIPruner(make_net("vgg")[0], GOOD, calibration_data=loader)
+    with pytest.raises(UserError, match="that no earlier compressor prunes"):
+        DIPruner.from_compressor(first, GOOD, calibration_data=loader)
+    assert first._is_wrapped
 
 
 @pytest.mark.parametrize(
@@ -125,9 +148,16 @@ def test_training_steps(make_net: MakeNet, make_images: Callable[..., Any], step
     assert_one_line(caught.value)
 
 
-@pytest.mark.parametrize("rho", [0, -1.0, "10", float("nan")])
+@pytest.mark.parametrize("count", [0, -3, "7", 2.5, True])
+def test_max_samples(make_net: MakeNet, make_images: Callable[..., Any], count: Any) -> None:
+    with pytest.raises(UserError, match="max_samples as an integer of 1 or more") as caught:
+        DIPruner(make_net("vgg")[0], GOOD, calibration_data=make_images(40).loader(40), max_samples=count)
+    assert_one_line(caught.value)
+
+
+@pytest.mark.parametrize("rho", [0, -1.0, "10", float("nan"), float("inf"), True])
 def test_rho(make_net: MakeNet, make_images: Callable[..., Any], rho: Any) -> None:
-    with pytest.raises(UserError, match="rho above 0") as caught:
+    with pytest.raises(UserError, match="rho above 0 and finite") as caught:
         DIPruner(make_net("vgg")[0], GOOD, calibration_data=make_images(40).loader(40), rho=rho)
     assert_one_line(caught.value)
 
@@ -157,6 +187,22 @@ def test_a_layer_that_never_runs(make_images: Callable[..., Any]) -> None:
     config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
     with pytest.raises(DataError, match="layer 'idle' to run on the data, it never did") as caught:
         DIPruner(Idle(), config, calibration_data=make_images(40).loader(40)).compress()
+    assert_one_line(caught.value)
+
+
+def test_batches_that_the_model_does_not_run_on_though_example_inputs_do(make_net: MakeNet) -> None:
+    model, inputs = make_net("vgg")
+    pruner = DIPruner(model, GOOD, calibration_data=[(X[:, :1], Y)], example_inputs=inputs)
+    with pytest.raises(ModelError, match="a model that runs on the batches") as caught:
+        pruner.compress()
+    assert_one_line(caught.value)
+
+
+def test_a_layer_of_two_names(make_images: Callable[..., Any]) -> None:
+    model = nn.Sequential(layer := nn.Conv2d(3, 3, 3), nn.ReLU(), layer, nn.Flatten(), nn.Linear(48, 4))
+    entry = {"op_names": ["2"], "sparse_ratio": 0.5}
+    with pytest.raises(UserError, match=r"'2' is another name of '0'") as caught:
+        DIPruner(model, [entry], calibration_data=make_images(40).loader(40))
     assert_one_line(caught.value)
 
 
