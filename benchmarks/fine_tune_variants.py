@@ -39,9 +39,14 @@ def without_norms() -> list[Contender]:
 
 
 def orders() -> list[Contender]:
-    """The drop-in at uniform widths, where the order of channels is all that it has to say."""
+    """The drop-in in other orders: at uniform widths, where the order is all that it has to say, and at DI's own."""
     kinds = {"norms twice": ByAll(weight=2.0), "energy and norms": ByAll(ByEnergy())}
-    return [drop_in(f"DI by {name}, local", False, ranking=kind) for name, kind in kinds.items()]
+    scopes = {"local": False, "global": True}
+    return [
+        drop_in(f"DI by {name}, {scope}", everywhere, ranking=kind)
+        for name, kind in kinds.items()
+        for scope, everywhere in scopes.items()
+    ]
 
 
 def repairs() -> list[Contender]:

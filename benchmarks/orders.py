@@ -8,7 +8,8 @@ is luck: half a point either way, more than lies between the orders. Only many n
 16x16 here, where a ResNet-20 trains in minutes, and every seed is a network of its own: trained from scratch on 35,000
 images, cut at uniform widths by every order, recovered as in B2 (10 epochs on 20,000 images, lr .02), judged on 15,000
 training images that it has never seen. What counts is the difference to L2 on the same network, its mean and error.
-Repairs of `compress`'s plan are asked for in the same way: `--only "DI, refitted" --against "DI, refitted"`.
+Orders at DI's own widths are asked for in the same way, `--only "DI, global;energy and norms, global" --against
+"DI, global"`, and repairs of `compress`'s plan, `--only "DI, refitted" --against "DI, refitted"`.
 `--bases` keeps the unpruned networks; rows in OUT are kept, and several commands with other seeds may share it.
 """
 
@@ -78,8 +79,8 @@ def main() -> None:
     fractions = tuple(float(f) for f in args.fractions.split(","))
     setting = Setting("resnet20, 16 px", fractions, recovery, judge="holdout")
     book = Notebook(args.json, (*setting.key, "contender", "target", "seed"))
-    everybody = [*chosen(default_contenders(compress=False), "local"), *orders(), *repairs()]
-    wanted = list(chosen(everybody, args.only or "L2, local;DI, local;DI by"))
+    everybody = [*default_contenders(compress=False), *orders(), *repairs()]
+    wanted = list(chosen(everybody, args.only or "L2, local;DI, local;energy and norms, local;norms twice, local"))
     for seed in (int(seed) for seed in args.seeds.split(",")):
         kept = args.bases and args.bases / f"resnet20-16px-{learning.epochs}-{seed}.safetensors"
         model = from_scratch(cifar_resnet.resnet20, learning, *data.training(0, learning.images), seed, kept)
