@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,21 @@ def writing_whole(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Make sure that `writing_whole` can write here, before minutes of work are spent on what is to be written.
+
+    Raises:
+        OSError: the folder or the file cannot be written.
+    """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"expected a file to write, got the folder {str(path)!r}")
+    if not Path(path).exists() or Path(path).is_file():
+        path = Path(os.path.realpath(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

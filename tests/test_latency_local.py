@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +13,17 @@ from torch import nn
 
 from diplugin.costs.latency import LatencyCost
 from diplugin.errors import TableError
-from diplugin.latency import OnnxTiming, Protocol, profile_here
-from diplugin.latency.local import is_this_machine
+from diplugin.latency import OnnxTiming, Protocol, finish, load_bundle, local, profile_here, runtime_setting
+from diplugin.latency.local import Subject, fitting_plan, is_this_machine
 from diplugin.latency.noted import note_measurement
 from diplugin.network import trace_network
-from diplugin.tables import Calibration, LatencyTable
+from diplugin.tables import Alignment, Calibration, LatencyTable
 
 QUICK = Protocol(rounds=3, runs=3, min_runs=1, round_ms=0.5, warmup_ms=0.0, patience=1, gap_ms=0.0, pause_s=0.0)
 INPUTS = (torch.zeros(1, 3, 8, 8),)
 
 
-def net() -> nn.Module:
+def net() -> nn.Sequential:
     torch.manual_seed(0)
     body = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
     return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
@@ -53,6 +55,57 @@ def test_a_journal_of_other_work_is_refused(tmp_path: Path) -> None:
     (tmp_path / "j").write_text("not a journal\n")
     with pytest.raises(TableError, match="damaged"):
         profile_here(net(), INPUTS, budget_s=1, protocol=QUICK, nets=1, journal=tmp_path / "j")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A journal of the net, whole, beside its bundle."""
+    journal = tmp_path_factory.mktemp("kept") / "j.jsonl"
+    profile_here(net(), INPUTS, budget_s=1, protocol=QUICK, nets=1, journal=journal)
+    return journal
+
+
+@pytest.mark.parametrize(
+    ("channels", "side", "changes"),
+    [(12, 8, {}), (16, 10, {}), (16, 8, {"threads": 2}), (16, 8, {"dtype": "int8"})],
+    ids=["other network", "other size", "other threads", "other number type"],
+)
+def test_a_journal_of_another_network_or_setting_is_not_gone_on_with(
+    channels: int, side: int, changes: dict[str, Any], kept: Path
+) -> None:
+    """Its table would be one of the old network under the new one's name."""
+    model, before = net(), kept.read_bytes()
+    model[0], model[2] = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 16, 3, padding=1)
+    with pytest.raises(TableError, match="other work"):
+        profile_here(model, (torch.zeros(1, 3, side, side),), budget_s=1, nets=1, journal=kept, **changes)
+    assert kept.read_bytes() == before
+
+
+def test_a_kept_journal_gives_its_table_again_under_the_name_that_is_asked_for(kept: Path) -> None:
+    before = kept.read_bytes()
+    table = profile_here(net(), INPUTS, name="again", budget_s=1, nets=1, journal=kept)
+    assert table.name == "again" and kept.read_bytes() == before
+    assert table.by_key == finish(load_bundle(kept.with_suffix(".pyz")).plan, kept).by_key
+
+
+def test_a_table_that_finds_no_place_is_told_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "probe", lambda _: pytest.fail("timed"))
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "table.json"):
+        with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+            profile_here(net(), INPUTS, out=out)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("points", [2, 5, 16])
+def test_as_many_widths_as_asked_for_where_there_is_time(points: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.ReLU(), nn.Conv2d(64, 4, 1))
+    subject = Subject(model, INPUTS, trace_network(model, INPUTS), runtime_setting())
+    plan = fitting_plan(subject, Alignment(1, 1), 0.0, name="p", budget_s=1e9, points=points, nets=1, seed=0,
+                        protocol=QUICK)  # fmt: skip
+    assert all(points - 1 <= len(widths) <= points + 1 for widths in plan.grid.values())
 
 
 def test_a_measurement_is_noted_beside_the_prediction(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from diplugin.whole_files import write_bytes, write_json, write_text, writing_whole
+from diplugin.whole_files import check_writable, write_bytes, write_json, write_text, writing_whole
 
 
 def test_content_and_folders_are_made(tmp_path: Path) -> None:
@@ -79,3 +79,13 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         write_text(tmp_path, "text")
     assert tmp_path.is_dir()
+
+
+def test_a_place_that_can_be_written_is_told_from_one_that_cannot(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "file")
+    (tmp_path / "old").write_text("kept")
+    check_writable(tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "kept" and not list((tmp_path / "new").iterdir())
+    for place in (tmp_path, tmp_path / "old" / "file"):
+        with pytest.raises(OSError, match=str(tmp_path)):
+            check_writable(place)

@@ -7,7 +7,7 @@ foresee how long the rest takes, and thins further until it fits the time it was
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Any
 from ..errors import TableError
 from ..network import NetworkTrace, trace_network
 from ..tables import Alignment, LatencyTable, Setting
+from ..whole_files import check_writable
 from . import device
 from .finish import finish, load_bundle, table_from_rows
 from .graphs import Graphs, OnnxGraphs
 from .plan import (
     QUICK,
     THOROUGH,
+    UNPRUNED,
     ProfilePlan,
     Protocol,
     estimate_seconds,
     job_seconds,
     make_plan,
+    net_detail,
     plan_nets,
     plan_probes,
     runtime_setting,
@@ -35,7 +38,8 @@ if TYPE_CHECKING:
     from .torch_runtime import TorchRuntime
 
 Progress = Callable[[int, int], None]
-POINTS = (8, 6, 4, 3)
+#: Widths a channel group where those that were asked for take too long.
+FEWER_POINTS = (8, 6, 4, 3)
 
 
 @dataclass(frozen=True)
@@ -78,23 +82,27 @@ def profile_here(
         protocol: rounds and runs; by default the thorough one if it fits the budget, else a quicker one.
         runtime: torch instead of ONNX Runtime, on a CPU or a CUDA GPU; `threads` is then its own.
         dtype: "float32", or "int8" for the network's quantized form (ONNX Runtime alone).
-        journal: keep the journal here with its bundle, and go on with both if they are there.
-        out: also write the table here.
+        journal: keep the journal here with its bundle, and go on with both if they are there (torch has no bundle).
+        out: also write the table here; a place that cannot be written is told before anything is timed.
         progress: called with (jobs done, jobs in all).
 
     Raises:
         ModelError: the model cannot be traced or exported.
-        TableError: the journal belongs to other work.
+        TableError: the journal belongs to other work: another network or another setting.
+        OSError: `out` or `journal` cannot be written.
     """
     trace = trace or trace_network(model, example_inputs)
     setting = runtime.setting if runtime is not None else runtime_setting(threads)
     subject = Subject(model, example_inputs, trace, setting, runtime, dtype)
+    if out is not None:
+        check_writable(out)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(journal) if journal is not None else Path(folder) / "journal.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         bundle: Any = path.with_suffix(".pyz")
         if path.exists() and bundle.exists():
             bundle = load_bundle(bundle)
+            _check_same_work(bundle.plan, subject, path)
         else:
             alignment, net_ms = probe(subject)
             plan = fitting_plan(subject, alignment, net_ms, name=name, budget_s=budget_s, points=points, nets=nets,
@@ -103,10 +111,19 @@ def profile_here(
                 plan.save(bundle)
             bundle = plan
         run_bundle(bundle, path, progress, runtime)
-        table = finish(bundle.plan, path)
+        table = finish(bundle.plan, path, name=name)
     if out is not None:
         table.save(out)
     return table
+
+
+def _check_same_work(plan: Mapping[str, Any], subject: Subject, journal: Path) -> None:
+    """Refuse to go on with a plan of another network, or under another setting."""
+    unpruned = net_detail(UNPRUNED, subject.trace, subject.trace.base_widths, subject.dtype)
+    nets = [job["detail"] for job in plan["jobs"] if job["kind"] == "net"]
+    if unpruned not in nets or Setting(**plan["setting"]) != subject.setting:
+        raise TableError(f"expected a journal of this network under {subject.setting.text}, got {str(journal)!r} of "
+                         "other work: name another one")  # fmt: skip
 
 
 def run_bundle(bundle: Any, journal: Path, progress: Progress | None = None, runtime: Any = None) -> device.Journal:
@@ -129,8 +146,8 @@ def probe(subject: Subject) -> tuple[Alignment, float]:
     """The machine's alignment and the unpruned net's time in ms, in about two seconds."""
     plan = ProfilePlan("probe", subject.setting, QUICK, subject.graphs)
     plan_probes(plan, subject.trace, subject.dtype)
-    net = plan.graphs.net(subject.model, subject.example_inputs, "unpruned", subject.dtype)
-    plan.add("net", net, {"name": "unpruned", "keys": []})
+    net = plan.graphs.net(subject.model, subject.example_inputs, UNPRUNED, subject.dtype)
+    plan.add("net", net, {"name": UNPRUNED, "keys": []})
     with tempfile.TemporaryDirectory() as folder:
         rows = run_bundle(plan, Path(folder) / "probe.jsonl", runtime=subject.runtime).rows
     table = table_from_rows(plan.plan, rows, {})
@@ -142,8 +159,8 @@ def fitting_plan(
     seed: int, protocol: Protocol | None,
 ) -> ProfilePlan:  # fmt: skip
     """The richest plan that should take no longer than `budget_s`; the poorest there is if none does."""
-    choices = [(count, chosen) for chosen in ([protocol] if protocol else [THOROUGH, QUICK])
-               for count in POINTS if count <= points or count == POINTS[-1]]  # fmt: skip
+    counts = (points, *(fewer for fewer in FEWER_POINTS if fewer < points))
+    choices = [(count, chosen) for chosen in ([protocol] if protocol else [THOROUGH, QUICK]) for count in counts]
     model, inputs, trace = subject.model, subject.example_inputs, subject.trace
     plan = ProfilePlan(name, subject.setting)
     for count, chosen in choices:

@@ -32,6 +32,7 @@ from .grid import group_grids, layer_keys, random_widths
 
 #: What a bundle does when it is run: `device` is then the folder beside it in the zip.
 RUN_DEVICE = "import sys\n\nfrom device.command import main\n\nsys.exit(main())\n"
+UNPRUNED = "unpruned"
 PROBE_WIDTHS = (16, 20, 24, 28, 29, 30, 31, 32, 36, 40, 44, 47, 48)
 
 
@@ -259,14 +260,17 @@ def plan_nets(
 ) -> None:  # fmt: skip
     """Add the unpruned net and `nets` randomly pruned ones, physically pruned copies, end to end."""
     draw = random.Random(seed)
-    layers = timed_layers(trace, dtype)
-    base = trace.base_widths
     for number in range(nets + 1):
-        widths = random_widths(plan.grid, draw) if number else dict(base)
+        widths = random_widths(plan.grid, draw) if number else trace.base_widths
         pruned = model if not number else prune_to(model, example_inputs, trace, widths)
-        detail = {"name": f"random-{number}" if number else "unpruned",
-                  "keys": [layer.key(widths).row for layer in layers]}  # fmt: skip
-        plan.add("net", plan.graphs.net(pruned, example_inputs, str(detail["name"]), dtype), detail)
+        name = f"random-{number}" if number else UNPRUNED
+        graph = plan.graphs.net(pruned, example_inputs, name, dtype)
+        plan.add("net", graph, net_detail(name, trace, widths, dtype))
+
+
+def net_detail(name: str, trace: NetworkTrace, widths: Mapping[str, int], dtype: str = "float32") -> dict[str, Any]:
+    """What a plan notes of a whole net: its name and the keys of its layers."""
+    return {"name": name, "keys": [layer.key(widths).row for layer in timed_layers(trace, dtype)]}
 
 
 def prune_to(model: Any, example_inputs: tuple[Any, ...], trace: NetworkTrace, widths: Mapping[str, int]) -> Any:
