@@ -51,7 +51,7 @@ try:
         TRANSPOSED,
         Targets,
         Tensors,
-        aligned,
+        align,
         channels_of,
         check_targets,
         choose,
@@ -291,9 +291,8 @@ class DIPruner(Pruner):
 
     def _generate_sparsity(self, metrics: Tensors) -> Tensors:
         masks = choose(self._target_spaces, metrics)
-        for module, target, space in targets_with(self._target_spaces, "align"):
-            if module not in self._followers and space.target is not None:
-                masks.setdefault(module, {})[target] = aligned(space, module, target, {**self.get_masks(), **masks})
+        own = {module: spaces for module, spaces in self._target_spaces.items() if module not in self._followers}
+        align(own, masks, self.get_masks())
         self._follow(masks)
         return masks
 

@@ -139,21 +139,51 @@ def _expanded(mask: Tensor, space: PruningTargetSpace, target: str) -> Tensor:
     return space._scaler.expand(mask, shape, keepdim=True, full_expand=False)
 
 
-def aligned(
-    space: PruningTargetSpace, module: str, target: str, masks: Mapping[str, Mapping[str, Tensor | None]]
-) -> Tensor:
+def align(spaces: Targets, masks: Tensors, known: Mapping[str, Mapping[str, Tensor | None]]) -> None:
+    """Add the masks of targets that align with others, those first that others wait for.
+
+    Args:
+        masks: chosen just now; a ratio or a threshold of its own goes before a target's alignment.
+        known: what was in force before.
+    """
+    all_aligned = targets_with(spaces, "align")
+    waiting = {(m, t): space for m, t, space in all_aligned if space.sparse_ratio is space.sparse_threshold is None}
+    while waiting:
+        ready = [key for key, space in waiting.items() if _source_of(key[0], space) not in waiting]
+        if not ready:
+            names = " and ".join(f"{module}.{target}" for module, target in waiting)
+            raise UserError(f"expected targets that align with a mask of its own, {names} wait for each other")
+        for module, target in ready:
+            space = waiting.pop((module, target))
+            source = _source_of(module, space)
+            mask = masks.get(source[0], {}).get(source[1], known.get(source[0], {}).get(source[1]))
+            masks.setdefault(module, {})[target] = _aligned(space, target, mask)
+
+
+def _source_of(module: str, space: PruningTargetSpace) -> tuple[str, str]:
+    align = space.align or {}
+    return align.get("module_name") or module, align["target_name"]
+
+
+def _aligned(space: PruningTargetSpace, target: str, source: Tensor | None) -> Tensor:
     """The mask that another target's mask implies: zero where its slice is zero throughout."""
     align = space.align or {}
-    source = masks.get(align.get("module_name") or module, {}).get(align["target_name"])
     if source is None:
-        raise UserError(f"expected {module}.{target} to align with a masked target, got {align}: is it in config_list?")
+        raise UserError(f"expected {_name(space)} to align with a masked target, got {align}: is it in config_list?")
     kept = {d % source.ndim for d in align["dims"]}
     others = [d for d in range(source.ndim) if d not in kept]
     mask = source.bool().float().amax(others) if others else source.bool().float()
-    shape = space.shape or list(mask.shape)
-    if mask.numel() != shape[0] or mask.ndim != 1:
-        return mask
-    return mask.view(-1, *[1] * (len(shape) - 1)) if space.type is TargetType.PARAMETER else mask.view(1, -1)
+    shape = space.shape
+    if shape is None:
+        raise DataError(f"expected {_name(space)} to be seen while the data ran, it was not")
+    axis = _channel_axis(space, target) if mask.ndim == 1 else 0
+    module: Any = space._wrapper.module
+    if isinstance(module, TRANSPOSED) and target == "bias" and len(mask) * module.groups == shape[0]:
+        mask = mask.repeat(module.groups)  # a column of the weight stands for one channel in each of its blocks
+    if list(mask.shape) != shape[axis : axis + mask.ndim]:
+        raise UserError(f"expected {_name(space)!r} and the mask that it aligns with to have as many channels, "
+                        f"got {shape} and {list(mask.shape)} of {align}")  # fmt: skip
+    return mask.view(*[1] * axis, *mask.shape, *[1] * (len(shape) - axis - mask.ndim))
 
 
 def channels_of(module: Any) -> int:
