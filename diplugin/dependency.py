@@ -76,9 +76,14 @@ def dependency_graph(
             ) from error
 
 
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    """The tensors anywhere in what a model returns."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
 def _check_output(model: nn.Module, output: Any) -> None:
     """Raise ModelError unless there is a graph to follow from the output back to the weights."""
-    tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    tensors = tensors_of(output)
     if not tensors and not isinstance(output, Mapping):
         raise ModelError(
             f"expected a model that returns tensors, alone or in a tuple, list or dict, got {type(output).__name__}; "

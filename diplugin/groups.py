@@ -141,7 +141,11 @@ def group_from_torch_pruning(graph: tp.DependencyGraph, group: Any) -> ChannelGr
             continue
         for side in _sides(graph, item.dep, kind):
             members.append(GroupMember(name, side, tuple(item.idxs), tuple(roots), _OPTYPE_NAMES[kind]))
-        blocks = _common_blocks(channels, blocks, _conv_blocks(node.module, kind))
+        own, inside = _blocks_of(node.module, kind), members[-1].side == "in"
+        width = (graph.get_in_channels if inside else graph.get_out_channels)(node.module)
+        if own > 1 and len(set(item.idxs)) < (width or 0):
+            notes.append(f"it holds a part of the channels of {name}, which come in {own} blocks of one size")
+        blocks = _common_blocks(channels, blocks, own)
     result = ChannelGroup(_name(graph, group[0].dep.target), channels, tuple(members), blocks)
     return replace(result, note="; ".join(dict.fromkeys([*notes, *_own_notes(result)])))
 
@@ -169,7 +173,7 @@ def _sides(graph: tp.DependencyGraph, dep: Any, kind: OPTYPE) -> tuple[Side, ...
     return ("out",)
 
 
-def _conv_blocks(module: Any, kind: OPTYPE) -> int:
+def _blocks_of(module: Any, kind: OPTYPE) -> int:
     if kind == OPTYPE.CONV:
         return module.groups
     return module.num_groups if kind == OPTYPE.GN else 1

@@ -1,27 +1,24 @@
 """What a network is made of, as plain data: its layers with their shapes, and how wide each side is.
 
 `trace_network` runs the model once and records every call of every convolution, linear layer and normalisation; it
-asks `groups` which channels hang together; and it *checks* that claim on the network itself: a random quarter of
-every group's channels is removed from a copy, and the copy must equal the original with the consumers of those
-channels silenced. A group for which that fails (a dependency that no graph sees) is left alone, with a note.
+asks `groups` which channels hang together; and it has that claim *checked* on the network itself (`verification`): a
+group that is not what it seems is left alone, with a note.
 """
 
 from __future__ import annotations
 
-import copy
-import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from .dependency import traceable
+from .dependency import tensors_of, traceable
 from .errors import ModelError, first_line
-from .groups import ChannelGroup, Side, remove_channels, trace_groups
+from .groups import ChannelGroup, Side, trace_groups
+from .verification import verified
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,7 +27,6 @@ _ACTIVATIONS = {
     "Relu": "relu", "Hardtanh": "relu6", "Hardswish": "hardswish", "Silu": "silu", "Gelu": "gelu",
     "Sigmoid": "sigmoid", "Hardsigmoid": "hardsigmoid", "LeakyRelu": "leaky_relu", "Tanh": "tanh",
 }  # fmt: skip
-_STATISTICS_OVER_CHANNELS = ("layer_norm", "group_norm")
 
 
 @dataclass(frozen=True)
@@ -153,7 +149,7 @@ def trace_network(model: nn.Module, example_inputs: tuple[Any, ...], *, verify: 
     if odd:
         raise ModelError(f"expected tensors as example inputs, got {odd[0]}; bind it in a wrapping module")
     if verify:
-        groups = _verified(model, example_inputs, groups)
+        groups = verified(model, example_inputs, groups)
     parameters = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
     inputs = tuple(TensorSpec.of(x) for x in example_inputs)
     layers = tuple(record_layers(model, example_inputs))
@@ -196,7 +192,7 @@ def record_layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[Lay
     finally:
         for handle in handles:
             handle.remove()
-    consumers = _consumers(_tensors(output))
+    consumers = _consumers(tensors_of(output))
     return [_layer_spec(name, module, x, y, _activation(fn, consumers)) for name, module, x, y, fn in calls]
 
 
@@ -222,10 +218,6 @@ def _same_padding(module: Any) -> tuple[int, ...]:
     if module.padding == "valid":
         return (0,) * len(module.kernel_size)
     return tuple(d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True))
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _consumers(outputs: Iterable[Tensor]) -> dict[Any, list[Any]]:
@@ -257,72 +249,3 @@ def _activation(node: Any, consumers: Mapping[Any, list[Any]]) -> str | None:
         if "BatchNorm" not in kind:
             return None
     return None
-
-
-def _verified(model: nn.Module, inputs: tuple[Any, ...], groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """Groups whose removal is not what it seems get a note; one joint check when all is well."""
-    candidates = [g for g in groups if g.prunable and g.units > 1]
-    if _removal_fault(model, inputs, candidates) is None:
-        return list(groups)
-    faults = {g.name: fault for g in candidates if (fault := _removal_fault(model, inputs, [g])) is not None}
-    noted = [replace(g, note=faults[g.name]) if g.name in faults else g for g in groups]
-    sound = [g for g in noted if g in candidates]
-    joint = _removal_fault(model, inputs, sound)
-    # Sound one by one and not together: no single group to blame, so none is safe.
-    return noted if joint is None else [replace(g, note=joint) if g in sound else g for g in noted]
-
-
-def _removal_fault(model: nn.Module, inputs: tuple[Any, ...], groups: Sequence[ChannelGroup]) -> str | None:
-    """Why removing a random quarter of these groups' channels is wrong; None if it is right."""
-    if not groups:
-        return None
-    draw = random.Random(0)
-    removed = {}
-    for group in groups:
-        units = draw.sample(range(group.units), max(1, group.units // 4))
-        removed[group.name] = [u + b * group.units for u in units for b in range(group.blocks)]
-    exact = all(m.kind not in _STATISTICS_OVER_CHANNELS for g in groups for m in g.members)
-    with torch.no_grad(), traceable(model):
-        try:
-            pruned = remove_channels(copy.deepcopy(model), inputs, removed)
-            with torch.no_grad():
-                got = _tensors(pruned.eval()(*inputs))
-        except Exception as error:
-            return f"removing its channels breaks the model ({first_line(error)})"
-        masked = copy.deepcopy(model)
-        silence(masked, groups, removed)
-        with torch.no_grad():
-            want = _tensors(masked.eval()(*inputs))
-    if [t.shape for t in got] != [t.shape for t in want]:
-        return "removing its channels changes the shape of the model's output"
-    close = all(torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-4 * float(b.abs().max() + 1e-12))
-                for a, b in zip(got, want, strict=True))  # fmt: skip
-    return None if close or not exact else "removing its channels changes the output in ways no dependency explains"
-
-
-def silence(model: nn.Module, groups: Iterable[ChannelGroup], removed: Mapping[str, Sequence[int]]) -> None:
-    """Zero, in place, the weights by which layers read the removed channels: equal to removing them."""
-    modules = dict(model.named_modules())
-    for group in groups:
-        gone = set(removed.get(group.name, ()))
-        for m in group.side("in"):
-            channels = m.channels_of(gone)
-            module: Any = modules[m.layer]
-            with torch.no_grad():
-                if getattr(module, "groups", 1) > 1:
-                    _silence_grouped(module, channels)
-                elif isinstance(module, _TRANSPOSED):
-                    module.weight[channels] = 0
-                else:
-                    module.weight[:, channels] = 0
-
-
-def _silence_grouped(conv: Any, channels: Sequence[int]) -> None:
-    """Input channel c of a grouped convolution is column c mod (in/groups) of its block's filters."""
-    per_in, per_out = conv.in_channels // conv.groups, conv.out_channels // conv.groups
-    for c in channels:
-        block, column = divmod(c, per_in)
-        if isinstance(conv, _TRANSPOSED):
-            conv.weight[c] = 0
-        else:
-            conv.weight[block * per_out : (block + 1) * per_out, column] = 0

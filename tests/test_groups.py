@@ -135,6 +135,29 @@ def test_chunks_are_left_alone() -> None:
     assert next(g for g in groups.values() if ("left", "out") in sides(g)).prunable
 
 
+class Joined(nn.Module):
+    """Two producers side by side under one layer, which may divide its channels into blocks."""
+
+    def __init__(self, reader: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.reader, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), reader, nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.reader(torch.cat([self.a(x), self.b(x)], 1)))
+
+
+@pytest.mark.parametrize("reader", [nn.Conv2d(16, 16, 3, groups=4), nn.GroupNorm(4, 16)])
+def test_a_part_of_what_comes_in_blocks_of_one_size_is_left_alone(reader: nn.Module) -> None:
+    groups = by_name(Joined(reader), (torch.randn(1, 3, 8, 8),))
+    assert all("channels of reader, which come in 4 blocks" in groups[name].note for name in "ab")
+
+
+@pytest.mark.parametrize("reader", [nn.Conv2d(16, 16, 3), nn.GroupNorm(1, 16)])
+def test_a_part_of_what_comes_in_one_piece_is_not(reader: nn.Module) -> None:
+    groups = by_name(Joined(reader), (torch.randn(1, 3, 8, 8),))
+    assert all(groups[name].prunable for name in "ab")
+
+
 class Circles(nn.Module):
     """A slice of a tensor is concatenated to it, and both are added up: torch-pruning alone never ends on this."""
 

@@ -17,7 +17,7 @@ import diplugin
 from diplugin.costs import macs
 from diplugin.discriminant import discriminant_directions, discriminant_information
 from diplugin.errors import DataError, UserError
-from diplugin.network import silence, trace_network
+from diplugin.network import trace_network
 from diplugin.plan import PruningPlan
 from diplugin.recovery import (
     FeatureDistillation,
@@ -26,6 +26,7 @@ from diplugin.recovery import (
     train,
 )
 from diplugin.search import FixedScores, greedy_search
+from diplugin.verification import silence
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
 
@@ -135,7 +136,12 @@ def test_the_match_teaches_features() -> None:
     assert distances[0] < 0.8 * distances[1]
 
 
-@pytest.mark.parametrize("wrong", [{"teacher_weight": 0.0}, {"feature_weight": -1.0}, {"rho": 0.0}, {"images": 1}])
-def test_settings_of_the_match(wrong: Any) -> None:
-    with pytest.raises(UserError, match="expected a teacher_weight"):
-        FeatureDistillation(**wrong)
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("teacher_weight", (0.0, 1.5, "1")), ("feature_weight", (-1.0, float("inf"))), ("rho", (0.0, None)),
+     ("images", (1, 2.5, "4"))],
+)  # fmt: skip
+def test_settings_of_the_match(name: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=f"expected {name} .*, got {value!r}"):
+            FeatureDistillation(**{name: value})
