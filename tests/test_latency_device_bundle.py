@@ -38,6 +38,37 @@ def test_a_damaged_graph_is_refused(tmp_path: Path) -> None:
         device.Bundle(plan.save(tmp_path / "b.pyz")).blob(name)
 
 
+@pytest.mark.parametrize("method", [99, 14, 12])
+def test_a_bundle_cut_inside_or_packed_in_other_ways_is_one_line(method: int, tmp_path: Path) -> None:
+    """What a failing SD card makes of it: sizes that lie, other ways of packing, other bytes than were packed."""
+    bundle = small_plan(2).save(tmp_path / "b.pyz")
+    plain, data = device.Bundle(bundle), bytearray(bundle.read_bytes())
+    for mark, at in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        place = data.find(mark)
+        while place >= 0:
+            data[place + at : place + at + 2] = method.to_bytes(2, "little")
+            place = data.find(mark, place + 4)
+    bundle.write_bytes(data)
+    with pytest.raises(device.ProfileError, match="profile bundle"):
+        device.Bundle(bundle)
+    with pytest.raises(device.ProfileError, match="cannot be read"):
+        plain.blob(plain.plan["jobs"][0]["blob"])
+
+
+@pytest.mark.parametrize("name", ["plan.json", "a graph"])
+def test_packed_bytes_that_end_too_soon_are_one_line(name: str, tmp_path: Path) -> None:
+    bundle = small_plan(2).save(tmp_path / "b.pyz")
+    plain, data = device.Bundle(bundle), bytearray(bundle.read_bytes())
+    graph = plain.plan["jobs"][0]["blob"]
+    with zipfile.ZipFile(bundle) as archive:
+        member = archive.getinfo(name if name == "plan.json" else f"blobs/{graph}")
+    start = member.header_offset + 30 + len(member.filename)
+    data[start : start + 5] = b"\x01\xff\xff\x00\x00"  # a block of 65535 bytes, of which there are fewer
+    bundle.write_bytes(data)
+    with pytest.raises(device.ProfileError, match=r"profile bundle|cannot be read"):
+        device.Bundle(bundle).blob(graph)
+
+
 def test_an_encrypted_bundle_is_one_line(tmp_path: Path) -> None:
     bundle = small_plan(2).save(tmp_path / "b.pyz")
     plain, data = device.Bundle(bundle), bytearray(bundle.read_bytes())

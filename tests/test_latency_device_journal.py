@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import random
 import signal
@@ -159,6 +161,21 @@ def test_two_processes_do_not_write_one_journal(tmp_path: Path, monkeypatch: pyt
 
     device.Journal(str(tmp_path / "j"), plan.plan, wait).close()
     assert waited == [1]
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_nothing_can_be_locked_a_journal_is_written_all_the_same(
+    reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On shares that know no locks; with --wait it waited for nobody, for ever."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(reason, "no locks here")
+
+    plan = small_plan(3)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    done = device.profile(plan, str(tmp_path / "j"), runtime=Idle(), wait=lambda: pytest.fail("waited"))
+    assert set(done.rows) == ids(plan)
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:

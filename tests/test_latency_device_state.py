@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from diplugin.latency.device import state
+from diplugin.tables import checks
 
 
 def test_vcgencmd_and_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +25,17 @@ def test_provenance_is_plain_printable_and_bounded() -> None:
     found = state.provenance({"version": "1.0"})
     assert found["device"] and found["machine"] and found["emulated"] is False
     assert all(isinstance(v, bool | int | float) or (v.isprintable() and len(v) <= 500) for v in found.values())
+
+
+def test_what_hundreds_of_cores_say_fits_into_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = state.read_text
+    monkeypatch.setattr(state, "read_text", lambda path: "2400000" if "scaling_cur_freq" in path else read(path))
+    monkeypatch.setattr(state.os, "cpu_count", lambda: 256)
+    monkeypatch.setattr(state.os, "sched_getaffinity", lambda _: set(range(256)), raising=False)
+    monkeypatch.setattr(state, "tool", lambda *_: "a long story " * 99)
+    said = state.provenance({"version": "1.0"})
+    assert said["frequencies_khz"].startswith("2400000 2400000") and said["affinity"].startswith("0 1 2 3")
+    assert checks.provenance(said) == said
 
 
 @pytest.mark.parametrize(

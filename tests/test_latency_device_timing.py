@@ -124,3 +124,21 @@ def test_a_graph_that_the_runtime_refuses_is_named(tmp_path: Path) -> None:
     with pytest.raises(device.ProfileError, match=r"does not run .* opset 15") as error:
         run(small_plan(2), tmp_path / "j", Idle(refuse))
     assert "\n" not in str(error.value)
+
+
+class Failing:
+    """A runtime whose graphs, with a clock of their own, load and then do not run."""
+
+    version = "8.5"
+
+    def load(self, blob: bytes, inputs: Any) -> Any:
+        return self
+
+    def times(self, runs: int) -> list[float]:
+        raise FileNotFoundError("no times.json\nand more")
+
+
+def test_a_graph_that_fails_in_the_middle_of_its_rounds_is_named(tmp_path: Path) -> None:
+    with pytest.raises(device.ProfileError, match=r"sentinel does not run .*no times\.json") as error:
+        run(small_plan(2), tmp_path / "j", Failing())
+    assert "\n" not in str(error.value)

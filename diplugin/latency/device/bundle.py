@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-import zlib
 
 from .documents import SCHEMA, canonical, parse
 from .errors import ProfileError, first_line
@@ -33,10 +32,8 @@ class Bundle:
     def __init__(self, path):
         self.path = str(path)
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                text = archive.read("plan.json").decode()
-            self.plan = checked_plan(parse(text))
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+            self.plan = checked_plan(parse(unzipped(self.path, "plan.json").decode()))
+        except ValueError as error:
             raise ProfileError(
                 f"expected a profile bundle in {self.path!r}, but {first_line(error)}: make it again "
                 "with 'diplugin profile plan'"
@@ -44,13 +41,21 @@ class Bundle:
 
     def blob(self, name):
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                data = archive.read("blobs/" + name)
-        except (OSError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+            data = unzipped(self.path, "blobs/" + name)
+        except ValueError as error:
             raise ProfileError(f"graph {name} of the bundle cannot be read: {first_line(error)}") from None
         if hashlib.sha256(data).hexdigest() != name.split(".")[0]:
             raise ProfileError(f"graph {name} of the bundle is damaged: copy the bundle again")
         return data
+
+
+def unzipped(path, name):
+    """What a file in a zip holds; ValueError for whatever zipfile and its decompressors raise where they find none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(name)
+    except Exception as error:
+        raise ValueError(first_line(error)) from None
 
 
 def checked_plan(plan):

@@ -114,7 +114,7 @@ def locked(path, wait):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
-        except OSError:
+        except (BlockingIOError, PermissionError):  # the second from locks over NFS
             if wait is None:
                 lock.close()
                 raise ProfileError(
@@ -122,6 +122,8 @@ def locked(path, wait):
                 ) from None
             wait()
             time.sleep(WAIT_S)
+        except OSError:
+            return lock  # a file system that knows no locks, a network's mostly: nobody is known to write
 
 
 def read_journal(path):

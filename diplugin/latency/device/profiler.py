@@ -5,6 +5,7 @@ Idea: a sentinel among each chunk's jobs tells a slow minute from a fast one; a 
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from .errors import ProfileError, first_line
@@ -66,15 +67,22 @@ class Profiler:
         waiting = [sentinel, *timers]
         while waiting:
             for t in waiting:
-                t.round()
+                with self.told(t.job):
+                    t.round()
             waiting = [t for t in waiting if not t.done]
             time.sleep(self.protocol["gap_ms"] / 1e3)
         return floor_of(sentinel.judged)
 
     def timer(self, job):
-        try:
+        with self.told(job):
             run = self.runtime.load(self.bundle.blob(job["blob"]), job["inputs"])
             return Timer(job, run, self.protocol, self.thread_clock)
+
+    @contextlib.contextmanager
+    def told(self, job):
+        """Whatever a runtime raises over a job's graph becomes one line that names the job."""
+        try:
+            yield
         except ProfileError:
             raise
         except Exception as error:

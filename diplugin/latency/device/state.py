@@ -13,6 +13,8 @@ import sys
 import time
 
 CACHES = "/sys/devices/system/cpu/cpu0/cache"
+#: Characters of one thing that a device says: tables hold no more than 500, and a server has hundreds of cores.
+MOST = 400
 
 
 def read_text(path):
@@ -26,7 +28,7 @@ def read_text(path):
 def tool(*command):
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20, check=False)
-        return done.stdout.decode("utf-8", "replace").strip()[:400]
+        return done.stdout.decode("utf-8", "replace").strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -106,11 +108,12 @@ def provenance(setting):
         "throttled": tool("vcgencmd", "get_throttled"),
         "nvpmodel": tool("nvpmodel", "-q"),
         "jetson_clocks": tool("jetson_clocks", "--show"),
-        "jetpack": read_text("/etc/nv_tegra_release")[:400],
+        "jetpack": read_text("/etc/nv_tegra_release"),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     clean = {
-        k: "".join(c if c.isprintable() else " " for c in v) if isinstance(v, str) else v for k, v in found.items()
+        k: "".join(c if c.isprintable() else " " for c in v[:MOST]) if isinstance(v, str) else v
+        for k, v in found.items()
     }
     return {k: v for k, v in clean.items() if v not in ("", None)}
 
