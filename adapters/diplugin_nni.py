@@ -51,14 +51,15 @@ try:
         TRANSPOSED,
         Targets,
         Tensors,
+        active,
         align,
         channels_of,
         check_targets,
         choose,
+        decides_itself,
         follower_shape,
         metric_of,
         side_of,
-        targets_with,
     )  # fmt: skip
     from nni.compression.base.compressor import Compressor, Pruner
     from nni.compression.base.config import select_modules_by_config
@@ -135,11 +136,11 @@ class DIPruner(Pruner):
                 evaluator._init_optimizer_helpers(model)
         inputs = self._example_inputs(model, evaluator) if example_inputs is None else _as_tuple(example_inputs)
         self._groups = _groups_of(model, inputs)
-        self._followers: tuple[str, ...] = ()
-        if align_followers:
-            configured = {name for config in checked for name in select_modules_by_config(model, config)[0]}
-            self._followers = followers(self._groups, configured)
-            checked += [follower_config(name, model.get_submodule(name)) for name in self._followers]
+        self._followers = self._followers_of(model, checked, existed_wrappers or {}) if align_followers else ()
+        checked += [
+            follower_config(name, model.get_submodule(name)) for name in self._followers
+            if not getattr((existed_wrappers or {}).get(name), "pruning_target_spaces", None)
+        ]  # fmt: skip
         try:
             with nni_errors("a config_list that NNI can apply to this model"):
                 super().__init__(model, checked, evaluator, existed_wrappers)
@@ -215,11 +216,18 @@ class DIPruner(Pruner):
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
         self._sampled = []
-        if self.total_times != "unlimited" and self._remaining_times == self.total_times:
+        if self.total_times == "unlimited" or not self._remaining_times:
+            return
+        total, done = int(self.total_times), int(self.total_times) - self._remaining_times
+        if not done:
             raise UserError(
                 f"expected training of at least {self.interval_steps} optimizer steps before masks are made, "
                 f"it took {self._current_step}: does training_func call training_step and loop until max_steps?"
             )
+        warnings.warn(
+            f"masks were made {done} of {total} times: the schedule needs at least {total * self.interval_steps} "
+            f"optimizer steps, it took {done * self.interval_steps + self._current_step}", stacklevel=2,
+        )  # fmt: skip
 
     def _sample(self, loss: Tensor, batch: Any) -> Tensor:
         """Keep the batches of the last `training_steps` steps of an interval, up to the cap."""
@@ -246,6 +254,12 @@ class DIPruner(Pruner):
         batch = first_batch(model, evaluator) if evaluator is not None else None
         return None if batch is None else call_inputs(model, batch, self.observation)
 
+    def _followers_of(
+        self, model: nn.Module, checked: list[dict[str, Any]], earlier: Mapping[str, Any]
+    ) -> tuple[str, ...]:
+        configured = {name for config in checked for name in select_modules_by_config(model, config)[0]}
+        return tuple(n for n in followers(self._groups, configured) if not decides_itself(earlier.get(n)))
+
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
         # A transposed convolution holds its output channels in the weight's second dimension.
         wrapper: Any = target_space._wrapper
@@ -256,8 +270,7 @@ class DIPruner(Pruner):
         return "in_channel"
 
     def _collect_data(self) -> Tensors:
-        active = targets_with(self._target_spaces, "sparse_ratio", "sparse_threshold")
-        sides = {(module, target): side_of(module, target, space) for module, target, space in active}
+        sides = {(m, target): side_of(m, target, space) for m, target, space in active(self._target_spaces)}
         batches = self._calibration if self._calibration is not None else self._sampled
         if not batches:
             raise DataError("expected batches to score, training_func called no training_step")
@@ -300,7 +313,8 @@ class DIPruner(Pruner):
         """Masks of the layers that pass on channels nobody writes or reads any more."""
         modules = dict(self.bound_model.named_modules())
         known = {m: {**targets, **masks.get(m, {})} for m, targets in self.get_masks().items()}
-        spaces: Targets = {m: self._target_spaces[m] for m in self._followers if self._target_spaces.get(m)}
+        # Not `_target_spaces`: those of an earlier compressor's followers stand in the wrappers alone.
+        spaces: Targets = {m: self._module_wrappers[m].pruning_target_spaces for m in self._followers}
         widths = {m: channels_of(modules[m]) for m in spaces}
         for module, keep in follower_masks(self._groups, dead_channels(modules, known), widths).items():
             shaped = {target: follower_shape(keep, space, target) for target, space in spaces[module].items()}

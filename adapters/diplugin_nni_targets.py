@@ -30,7 +30,7 @@ def check_targets(spaces: Targets) -> None:
     if not aligned_to_others and not any(targets_with(spaces, "sparse_ratio", "sparse_threshold")):
         raise UserError("expected sparse_ratio or sparse_threshold for a target that no earlier compressor prunes, "
                         "config_list has none")  # fmt: skip
-    for module, target, space in targets_with(spaces, "sparse_ratio", "sparse_threshold"):
+    for module, target, space in active(spaces):
         kind = type(space._wrapper.module)
         if issubclass(kind, nn.Embedding):
             raise UserError(f"expected layers with channels, {module!r} is an Embedding, whose rows are not channels")
@@ -45,6 +45,17 @@ def targets_with(spaces: Targets, *settings: str) -> Iterator[tuple[str, str, Pr
             missing = space.type is TargetType.PARAMETER and space.target is None
             if not missing and any(getattr(space, setting) is not None for setting in settings):
                 yield module, target, space
+
+
+def active(spaces: Targets) -> Iterator[tuple[str, str, PruningTargetSpace]]:
+    """Targets that are scored: by rules of their own, or those of a group."""
+    return targets_with(spaces, "sparse_ratio", "sparse_threshold", "dependency_group_id", "global_group_id")
+
+
+def decides_itself(wrapper: Any) -> bool:
+    """Whether an earlier compressor was told what to mask in this layer, so that it does not just follow."""
+    spaces: Targets = {"": getattr(wrapper, "pruning_target_spaces", {})}
+    return any(active(spaces)) or any((s.align or {}).get("module_name") for *_, s in targets_with(spaces, "align"))
 
 
 def _kernel(space: PruningTargetSpace) -> list[int]:
@@ -92,6 +103,8 @@ def metric_of(scores: Tensor, space: PruningTargetSpace, target: str) -> Tensor:
     shape, axis = list(space.shape or ()), _channel_axis(space, target)
     if not shape:
         raise DataError(f"expected {_name(space)} to be seen while the data ran, it was not")
+    if target.startswith(("_input_", "_output_")):
+        _check_activation(space, shape)
     if len(scores) != shape[axis]:
         # A grouped convolution's column stands for one input channel in each of its blocks.
         scores = scores.view(-1, shape[axis]).sum(0)
@@ -109,6 +122,13 @@ def metric_of(scores: Tensor, space: PruningTargetSpace, target: str) -> Tensor:
     metric = space._scaler.shrink(spread, lambda block: block.sum(-1), keepdim=True)
     # Whole channels keep their scores to the last bit, so that equal ones stay equal.
     return along.clone() if metric.shape == along.shape else metric
+
+
+def _check_activation(space: PruningTargetSpace, shape: list[int]) -> None:
+    tokens = isinstance(space._wrapper.module, nn.Linear) and len(shape) > 2
+    if tokens or _kernel(space)[1] == -1:
+        raise UserError(f"expected {_name(space)} to hold its channels in dimension 1, one block or more each, got "
+                        f"shape {shape} and granularity {space.granularity}; mask the weight instead")  # fmt: skip
 
 
 def _rule(space: PruningTargetSpace) -> MaskRule:

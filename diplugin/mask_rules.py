@@ -28,7 +28,7 @@ class MaskRule:
     """What a user asked for one tensor.
 
     Attributes:
-        ratio: share of entries to mask; None where a threshold decides.
+        ratio: share of entries to mask; None where a threshold or a partner's ratio decides.
         threshold: entries below it are masked.
         lowest, highest: bounds on the share that is masked; None for none.
         shared_mask: tensors of one name get one mask, from the mean of their scores.
@@ -57,7 +57,7 @@ def choose_masks(rules: Mapping[Key, MaskRule], metrics: Mapping[Key, Tensor]) -
         metrics: scores of every tensor that has a rule; low ones leave first.
 
     Raises:
-        UserError: partners with different ratios, or of different sizes.
+        UserError: partners with different ratios or thresholds, or of different sizes.
 
     >>> rules = {"a": MaskRule(ratio=0.5), "b": MaskRule(threshold=2.5)}
     >>> masks = choose_masks(rules, {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 2.0, 4.0])})
@@ -84,17 +84,15 @@ def _one_mask(
     sizes = sorted({metrics[key].numel() for key in partners})
     if len(sizes) > 1:
         raise UserError(f"expected layers of one width in dependency group {name!r}, got {sizes}")
-    _common_ratio("dependency", name, partners, rules)
     mean = torch.stack([metrics[key].flatten() for key in partners]).mean(0)
-    blocks = lcm(*(rules[key].blocks for key in partners))
-    mask = _own_mask(rules[partners[0]], mean, blocks)
+    mask = _own_mask(_common_rule(name, [rules[key] for key in partners]), mean)
     return {key: mask.reshape(metrics[key].shape).clone() for key in partners}
 
 
 def _one_budget(
     name: str, partners: Sequence[Key], rules: Mapping[Key, MaskRule], metrics: Mapping[Key, Tensor]
 ) -> dict[Key, Tensor]:
-    ratio = _common_ratio("global", name, partners, rules)
+    ratio = _common("sparse_ratio", [rules[key].ratio for key in partners], f"global group {name!r}") or 0.0
     ceiling = max(1 - GLOBAL_FLOOR, ratio)
     highest = [ceiling if rules[k].highest is None else float(rules[k].highest or 0) for k in partners]
     grains = [max(1, rules[k].elements // metrics[k].numel()) for k in partners]
@@ -103,20 +101,36 @@ def _one_budget(
     return dict(zip(partners, shared, strict=True))
 
 
-def _common_ratio(kind: str, name: str, partners: Sequence[Key], rules: Mapping[Key, MaskRule]) -> float:
-    ratios = sorted({r for key in partners if (r := rules[key].ratio) is not None})
-    if len(ratios) > 1:
-        raise UserError(f"expected one sparse_ratio in {kind} group {name!r}, got {ratios}")
-    return ratios[0] if ratios else 0.0
+def _common_rule(name: str, rules: Sequence[MaskRule]) -> MaskRule:
+    """What all partners of one mask ask for: its bounds are the narrowest of theirs."""
+    where = f"dependency group {name!r}"
+    ratio = _common("sparse_ratio", [rule.ratio for rule in rules], where)
+    threshold = _common("sparse_threshold", [rule.threshold for rule in rules], where)
+    if ratio is not None and threshold is not None:
+        raise UserError(f"expected a sparse_ratio or a sparse_threshold in {where}, got {ratio} and {threshold}")
+    return MaskRule(
+        ratio, threshold,
+        lowest=max((rule.lowest for rule in rules if rule.lowest is not None), default=None),
+        highest=min((rule.highest for rule in rules if rule.highest is not None), default=None),
+        blocks=lcm(*(rule.blocks for rule in rules)),
+    )  # fmt: skip
 
 
-def _own_mask(rule: MaskRule, metric: Tensor, blocks: int | None = None) -> Tensor:
-    count, blocks = metric.numel(), blocks or rule.blocks
+def _common(setting: str, values: Sequence[float | None], where: str) -> float | None:
+    """The one value among those that are given; None where none is."""
+    given = sorted({value for value in values if value is not None})
+    if len(given) > 1:
+        raise UserError(f"expected one {setting} in {where}, got {given}")
+    return given[0] if given else None
+
+
+def _own_mask(rule: MaskRule, metric: Tensor) -> Tensor:
+    count = metric.numel()
     if rule.threshold is None:
-        return keep_lowest_out(metric, count_of(count, rule.bounded(rule.ratio or 0.0)), blocks)
+        return keep_lowest_out(metric, count_of(count, rule.bounded(rule.ratio or 0.0)), rule.blocks)
     below = int((metric < rule.threshold).sum())
     least, most = count_of(count, rule.bounded(0.0)), count_of(count, rule.bounded(1.0))
-    return keep_lowest_out(metric, min(most, max(least, below)), blocks)
+    return keep_lowest_out(metric, min(most, max(least, below)), rule.blocks)
 
 
 def count_of(total: int, ratio: float) -> int:

@@ -42,7 +42,7 @@ def dead_channels(modules: Mapping[str, nn.Module], masks: Masks) -> dict[tuple[
             if mask is None or module is None:
                 continue
             if target.startswith(("_input_", "_output_")):
-                add(layer, "in" if target.startswith("_input_") else "out", _channel_mask(mask, module) == 0)
+                add(layer, "in" if target.startswith("_input_") else "out", (_by_channel(mask) == 0).all(1))
             elif target == "weight" and mask.ndim >= 2:
                 for side, zeros in _dead_sides(module, mask).items():
                     add(layer, side, zeros)
@@ -61,9 +61,18 @@ def _dead_sides(module: Any, mask: Tensor) -> dict[Side, Tensor]:
     return {"in": rows, "out": per_block} if isinstance(module, _TRANSPOSED) else {"out": rows, "in": per_block}
 
 
-def _channel_mask(mask: Tensor, module: nn.Module) -> Tensor:
-    """[C] of an activation's mask [1, C, 1, …] (or [C])."""
-    return mask.reshape(mask.shape[1] if mask.ndim > 1 else -1, -1)[:, 0].cpu()
+def _by_channel(mask: Tensor) -> Tensor:
+    """[C, positions] of an activation's mask [1, C, …] (or [C])."""
+    return (mask.movedim(1, 0).flatten(1) if mask.ndim > 1 else mask[:, None]).cpu()
+
+
+def _whole_channels(layer: str, target: str, mask: Tensor) -> Tensor:
+    """[C] of an activation's mask."""
+    parts = _by_channel(mask)
+    if bool((parts != parts[:, :1]).any()):
+        raise PlanError(f"expected masks over whole channels of {layer!r}, its {target} has one over parts of them, "
+                        "which stay")  # fmt: skip
+    return parts[:, 0]
 
 
 def gone_roots(group: ChannelGroup, dead: Dead) -> tuple[int, ...]:
@@ -122,7 +131,8 @@ def apply_masks(model: nn.Module, masks: Masks) -> nn.Module:
     An output's mask is applied to the weight's rows and the bias, an input's to the columns.
 
     Raises:
-        PlanError: a layer or a target that the model does not have, or a mask of another shape.
+        PlanError: a layer or a target that the model does not have, a mask of another shape, or one over parts of an
+            activation's channels.
     """
     modules = dict(model.named_modules())
     for layer, targets in masks.items():
@@ -138,7 +148,7 @@ def apply_masks(model: nn.Module, masks: Masks) -> nn.Module:
 
 def _factors(module: Any, layer: str, target: str, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
     if target.startswith(("_input_", "_output_")) and getattr(module, "weight", None) is not None:
-        channels, out = _channel_mask(mask, module), target.startswith("_output_")
+        channels, out = _whole_channels(layer, target, mask), target.startswith("_output_")
         if not out and getattr(module, "groups", 1) > 1:
             raise PlanError(f"expected masks over outputs of the grouped convolution {layer!r}, got one over its input")
         axis = (0 if out else 1) ^ int(isinstance(module, _TRANSPOSED))

@@ -94,6 +94,17 @@ def test_dependency_groups_and_alignment_follow_nnis_words(make_net: MakeNet, ma
     assert sparsity(masks)["c2"] == pytest.approx(0.3)
 
 
+def test_a_layer_named_in_a_group_without_a_ratio_takes_part(make_net: MakeNet, make_images: MakeImages) -> None:
+    model, _ = make_net("residual")
+    entries: list[dict[str, Any]] = [
+        {"op_names": ["c2"], "sparse_ratio": 0.5, "dependency_group_id": "sum"},
+        {"op_names": ["project"], "dependency_group_id": "sum"},
+    ]
+    _, masks = DIPruner(model, entries, calibration_data=make_images(100).loader(50)).compress()
+    assert sparsity(masks)["project"] == 0.5
+    assert torch.equal(masks["c2"]["weight"].flatten(1).any(1), masks["project"]["weight"].flatten(1).any(1))
+
+
 def test_bounds_and_thresholds(make_net: MakeNet, make_images: MakeImages) -> None:
     model, _ = make_net("vgg")
     entries: list[dict[str, Any]] = [

@@ -78,6 +78,40 @@ def test_chaining_behind_a_pruner_with_an_evaluator(make_net: MakeNet, make_imag
     assert sparsity(masks) == {"0": 0.25, "3": 0.5}
 
 
+def test_followers_of_the_first_pruner_follow_the_second(make_net: MakeNet, make_images: MakeImages) -> None:
+    model, _ = make_net("residual")
+    data = make_images(100)
+    loader = data.loader(50)
+    first = DIPruner(model, [{"op_names": ["c2"], "sparse_ratio": 0.5}], calibration_data=loader)
+    rows = first.compress()[1]["c2"]["weight"].flatten(1).any(1)
+    # The other branch of the same sum is told to lose the same channels, which then are gone.
+    entry = {"op_names": ["project"], "sparse_ratio": 0.5}
+    second = DIPruner.from_compressor(first, [entry], calibration_data=loader, ranking=lambda *_: rows.double())
+    _, masks = second.compress()
+    assert torch.equal(masks["project"]["weight"].flatten(1).any(1), rows)
+    assert torch.equal(masks["d2"]["bias"].bool(), rows)
+    assert_cut_equals_masked(model, masks, data.images[:5])
+
+
+def test_what_the_first_pruner_was_told_of_a_follower_stays(make_net: MakeNet, make_images: MakeImages) -> None:
+    model, _ = make_net("plain")
+    loader = make_images(100).loader(50)
+    first = L1NormPruner(model, [{"op_names": ["1"], "sparse_ratio": 0.25}])
+    mask = first.compress()[1]["1"]["weight"]
+    second = DIPruner.from_compressor(first, [{"op_names": ["0"], "sparse_ratio": 0.5}], calibration_data=loader)
+    assert torch.equal(second.compress()[1]["1"]["weight"], mask)
+
+
+@pytest.mark.parametrize("scheduler", [AGPPruner, LinearPruner])
+def test_training_that_ends_before_the_schedule_does_is_said(
+    make_net: MakeNet, make_images: MakeImages, scheduler: Any
+) -> None:
+    model, _ = make_net("vgg")
+    pruner = DIPruner(model, config(model), trained_by(model, make_images(60).loader(30)), training_steps=1)
+    with pytest.warns(UserWarning, match="masks were made 2 of 3 times: .* at least 6 optimizer steps, it took 4"):
+        scheduler(pruner, interval_steps=2, total_times=3).compress(None, 2)
+
+
 def test_a_refused_chain_leaves_the_first_pruner_in_force(make_net: MakeNet, make_images: MakeImages) -> None:
     model, _ = make_net("vgg")
     first = L1NormPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.25}])

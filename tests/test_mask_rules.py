@@ -106,3 +106,29 @@ def test_partners_of_different_widths_are_refused() -> None:
     rule = MaskRule(ratio=0.5, shared_mask="g")
     with pytest.raises(UserError, match=r"one width in dependency group 'g', got \[4, 5\]"):
         choose_masks({"a": rule, "b": rule}, {"a": torch.rand(4), "b": torch.rand(5)})
+
+
+@given(st.lists(st.tuples(RATIOS, RATIOS), min_size=2, max_size=3), RATIOS)
+def test_one_mask_keeps_the_bounds_of_all_its_partners(bounds: list[tuple[float, float]], ratio: float) -> None:
+    rules = {str(i): MaskRule(ratio, lowest=min(b), highest=max(b), shared_mask="g") for i, b in enumerate(bounds)}
+    least, most = max(min(b) for b in bounds), min(max(b) for b in bounds)
+    for mask in choose_masks(rules, {k: torch.rand(20) for k in rules}).values():
+        assert int((mask == 0).sum()) == min(19, count_of(20, min(most, max(least, ratio))))
+
+
+def test_a_partner_without_a_ratio_shares_its_partners_mask_or_budget() -> None:
+    metrics = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([5.0, 0.0, 9.0, 9.0])}
+    for order in (("a", "b"), ("b", "a")):
+        given = {"a": MaskRule(ratio=0.5, shared_mask="g"), "b": MaskRule(shared_mask="g")}
+        masks = choose_masks({k: given[k] for k in order}, metrics)
+        assert masks["a"].tolist() == masks["b"].tolist() == [0, 0, 1, 1]
+        given = {"a": MaskRule(0.5, shared_budget=0, elements=4), "b": MaskRule(shared_budget=0, elements=4)}
+        masks = choose_masks({k: given[k] for k in order}, metrics)
+        assert (masks["a"].tolist(), masks["b"].tolist()) == ([0, 0, 0, 1], [1, 0, 1, 1])
+
+
+@pytest.mark.parametrize("other", [MaskRule(threshold=0.2, shared_mask="g"), MaskRule(ratio=0.5, shared_mask="g")])
+def test_partners_of_one_mask_with_a_ratio_here_and_a_threshold_there_are_refused(other: MaskRule) -> None:
+    rules = {"a": MaskRule(threshold=0.1, shared_mask="g"), "b": other}
+    with pytest.raises(UserError, match="in dependency group 'g'"):
+        choose_masks(rules, {"a": torch.rand(4), "b": torch.rand(4)})

@@ -107,3 +107,17 @@ def test_masks_of_another_model_are_refused_in_one_line(make_net: MakeNet, masks
     with pytest.raises(PlanError, match=words) as caught:
         remove_masked(model, masks, (x,))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["_output_0", "_input_0"])
+def test_a_mask_over_part_of_a_channel_removes_nothing_and_cannot_be_baked_in(make_net: MakeNet, target: str) -> None:
+    model, (x,) = make_net("vgg")
+    channels = 6 if target == "_output_0" else 8
+    mask = torch.ones(1, channels, 4, 4)
+    mask[0, 1] = 0.0
+    mask[0, 2, :2] = 0.0
+    side = "out" if target == "_output_0" else "in"
+    dead = dead_channels(dict(model.named_modules()), {"3": {target: mask}})
+    assert dead["3", side].nonzero().flatten().tolist() == [1]
+    with pytest.raises(PlanError, match=f"over whole channels of '3', its {target} has one over parts"):
+        remove_masked(model, {"3": {target: mask}}, (x,))

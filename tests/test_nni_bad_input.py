@@ -100,6 +100,24 @@ def test_granularities_that_do_not_fit(
     assert_one_line(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("model", "target", "granularity"),
+    [
+        (nn.Conv2d(3, 4, 3), "_output_", [-1, -1, 1, 1]), (nn.Conv2d(3, 4, 3), "_input_", [-1, -1, -1, 1]),
+        (nn.Linear(8, 4), "_output_", "per_channel"), (nn.Linear(8, 4), "_output_", [-1, -1, 1]),
+        (nn.Linear(8, 4), "_input_", "per_channel"),
+    ],
+)  # fmt: skip
+def test_activations_whose_channels_are_not_told_apart(model: nn.Module, target: str, granularity: Any) -> None:
+    images = torch.randn(40, 3, 8, 8) if isinstance(model, nn.Conv2d) else torch.randn(40, 24, 8)
+    settings = {target: {"sparse_ratio": 0.5, "granularity": granularity}}
+    entry = {"op_names": ["0"], "target_names": [target], "target_settings": settings}
+    pruner = DIPruner(nn.Sequential(model), [entry], calibration_data=[(images, Y)])
+    with pytest.raises(UserError, match=f"0.{target}0 .* channels in dimension 1, one block or more each") as caught:
+        pruner.compress()
+    assert_one_line(caught.value)
+
+
 X, Y = torch.zeros(40, 3, 8, 8), torch.arange(40) % 4
 
 
