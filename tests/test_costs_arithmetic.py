@@ -236,6 +236,33 @@ def test_every_parameter_is_counted_once_whatever_its_shape() -> None:
         assert cost.cost(plan.widths) == sum(p.numel() for p in pruned.parameters())
 
 
+class JoinedSlopes(nn.Module):
+    """Slopes and a gain over two producers side by side."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.a, self.b, self.slopes = nn.Conv2d(3, a, 3), nn.Conv2d(3, b, 3), nn.PReLU(a + b)
+        self.gain = nn.Parameter(torch.rand(a + b, 1, 1))
+        self.last = nn.Conv2d(a + b, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.slopes(torch.cat([self.a(x), self.b(x)], 1)) * self.gain)
+
+
+@pytest.mark.parametrize(("a", "b"), [(6, 6), (9, 3), (2, 7)])
+def test_parameters_that_several_groups_hold_shrink_with_all_of_them(a: int, b: int) -> None:
+    torch.manual_seed(0)
+    model, inputs = JoinedSlopes(a, b).eval(), (torch.randn(1, 3, 8, 8),)
+    trace = trace_network(model, inputs)
+    cost, draw = params(trace), random.Random(0)
+    assert set(trace.base_widths) == {"a", "b"}
+    for plan in [random_plan(trace, draw) for _ in range(4)]:
+        pruned = apply_plan(copy.deepcopy(model), plan, inputs)
+        assert cost.cost(plan.widths) == sum(p.numel() for p in pruned.parameters())
+        one = {**trace.base_widths, "b": plan.widths["b"]}
+        assert cost.change(one, "a", plan.widths["a"]) == cost.cost(plan.widths) - cost.cost(one)
+
+
 def test_names_and_units(make_net: MakeNet) -> None:
     trace = trace_network(*make_net("plain"))
     assert [(c.name, c.unit) for c in (macs(trace), params(trace), PeakActivationMemory(trace))] == [

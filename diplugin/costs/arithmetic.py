@@ -73,17 +73,17 @@ def _params_term(trace: NetworkTrace, name: str, shape: tuple[int, ...], layers:
 
 
 def _bare_parameter_term(trace: NetworkTrace, name: str, owner: str, shape: tuple[int, ...]) -> Term:
-    """A tensor of no traced layer: it shrinks with the group that owns it, or with its PReLU or embedding."""
-    size = prod(shape)
-    for group in trace.prunable:
-        for member in group.members:
-            if member.layer in (name, owner) and member.kind in ("parameter", "prelu", "embedding"):
-                rest = size // len(member.channels)
-                if rest == 0:  # a PReLU with one slope for all channels keeps it
-                    break
-                side = trace.width(member.layer, "out", len(member.channels))
-                return Term((group.name,), lambda w, rest=rest, side=side: float(rest * side.at(w)))
-    return Term((), lambda _: float(size))
+    """A tensor of no traced layer: it shrinks with the groups that hold it, or its PReLU or embedding.
+
+    Its channels lie along the last dimension that is longer than 1; a PReLU with one slope for all channels keeps it.
+    """
+    kinds = ("parameter", "prelu", "embedding")
+    members = (m for g in trace.prunable for m in g.side("out", kinds) if m.layer in (name, owner))
+    channels, holder = next((size for size in reversed(shape) if size > 1), 1), next(members, None)
+    if holder is None or channels == 1:
+        return Term((), lambda _: float(prod(shape)))
+    rest, side = prod(shape) // channels, trace.width(holder.layer, "out", channels)
+    return Term(_groups(side), lambda w: float(rest * side.at(w)))
 
 
 class PeakActivationMemory:
