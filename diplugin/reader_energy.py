@@ -83,11 +83,11 @@ def patch_moments(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _unfolded_covariance(conv: Any, x: Tensor) -> Tensor:
-    def pair(value: Any) -> tuple[int, int]:
-        return tuple(value) if len(value) == 2 else (0 if value is conv.padding else 1, *value)
+    def pair(value: Any, of_a_single_row: int = 1) -> Any:
+        return tuple(value) if len(value) == 2 else (of_a_single_row, *value)
 
     kernel, stride, dilation = pair(conv.kernel_size), pair(conv.stride), pair(conv.dilation)
-    padding = pair(conv.padding) if not isinstance(conv.padding, str) else (0, 0)
+    padding = pair(conv.padding, 0) if not isinstance(conv.padding, str) else (0, 0)
     if conv.padding == "same":
         padding = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
     channels, window = x.shape[1], prod(kernel)

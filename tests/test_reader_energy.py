@@ -15,6 +15,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "strided, grouped": (lambda: nn.Conv2d(6, 4, 3, stride=2, padding=1, groups=2), (7, 6, 8, 8)),
     "same padding": (lambda: nn.Conv2d(6, 4, 3, padding="same", dilation=2), (7, 6, 8, 8)),
     "conv1d": (lambda: nn.Conv1d(6, 4, 5, padding=2), (7, 6, 20)),
+    "conv1d, one tuple for all": (lambda: nn.Conv1d(6, 4, (3,), *[(1,)] * 3), (7, 6, 20)),
     "pointwise": (lambda: nn.Conv2d(6, 4, 1), (7, 6, 5, 5)),
     "conv3d, pointwise": (lambda: nn.Conv3d(6, 4, 1), (7, 6, 3, 3, 3)),
     "linear": (lambda: nn.Linear(6, 3), (20, 6)),
