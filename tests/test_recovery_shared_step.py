@@ -124,6 +124,54 @@ except DipluginError as error:
     sys.exit(2)
 """
 
+UNEVEN = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from torch import nn
+from diplugin.recovery import Distillation, FineTuning, train
+from diplugin.team import one_voice
+
+out, mode = Path(sys.argv[1]), sys.argv[2]
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.rare = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.drop, self.head = nn.Dropout(0.5 if mode == "dropout" else 0.0), nn.Linear(8, 3)
+
+    def forward(self, x):
+        chosen, x = x[:, 0] > 0, self.drop(self.stem(x).relu())
+        if bool(chosen.any()):
+            x = torch.where(chosen[:, None], self.rare(x), x)
+        return self.head(x)
+
+torch.manual_seed(0)
+model, teacher, x = Net(), Net(), torch.randn(19, 6)
+x[:, 0] = -1.0
+if mode == "rare":  # of two processes the first one alone runs that layer, in the first of the batches
+    x[:3, 0] = 1.0
+y = torch.eye(3)[torch.arange(19) % 3]
+if mode == "soft":
+    y[4:8] = torch.randn(4, 3).softmax(1)  # what the second one has of the first batch
+batches, losses = list(zip(x.split(8), y.split(8))), []
+settings = {"soft": FineTuning, "rare": FineTuning, "dropout": Distillation}[mode](epochs=3, lr=0.1)
+stop = sys.argv[3:] == ["stop"]
+
+def watch(report):
+    losses.append(report.loss)
+    if stop:
+        raise KeyboardInterrupt
+
+try:
+    with one_voice() as team:
+        train(model, batches, settings, teacher=teacher, checkpoint=out / "state.safetensors", on_epoch=watch)
+except KeyboardInterrupt:
+    sys.exit(130)
+state = {**model.state_dict(), "losses": torch.tensor(losses, dtype=torch.float64)}
+save_file(state, out / f"rank{team.rank}")
+"""
+
 
 def close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
     assert one.keys() == two.keys()
@@ -191,6 +239,32 @@ def test_single_images_are_skipped_by_all_processes_alike(processes: Processes, 
     said = [line for done in stopped for line in done.stderr.splitlines() if line.startswith("said:")]
     assert len(said) == 1
     assert "two images or more to train BatchNorm with" in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["soft", "rare"])
+def test_parts_that_are_unlike_train_as_the_whole(processes: Processes, tmp_path: Path, mode: str) -> None:
+    """Soft labels in one part only, where the other alone looks like 0/1 targets; a layer that one part never runs."""
+    found = of_one_and_two(processes, UNEVEN, tmp_path, mode)
+    for rank in (0, 1):
+        close(found[1, 0], found[2, rank])
+
+
+@pytest.mark.slow
+def test_with_dropout_processes_stay_together_and_go_on_as_if_not_interrupted(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """Batches of 8, 8 and 3, the last one too small to be dealt."""
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    assert all(done.returncode == 0 for done in processes(UNEVEN, 2, tmp_path / "whole", "dropout"))
+    assert all(done.returncode == 130 for done in processes(UNEVEN, 2, tmp_path / "cut", "dropout", "stop"))
+    assert all(done.returncode == 0 for done in processes(UNEVEN, 2, tmp_path / "cut", "dropout"))
+    whole = load_file(tmp_path / "whole" / "rank0")
+    del whole["losses"]
+    for name, rank in (("whole", 1), ("cut", 0), ("cut", 1)):
+        found = load_file(tmp_path / name / f"rank{rank}")
+        assert all(torch.equal(found[key], value) for key, value in whole.items()), (name, rank)
 
 
 # --- without other processes ---

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from diplugin.errors import DataError, PlanError, UserError
+from diplugin.errors import DataError, ModelError, PlanError, UserError
 from diplugin.recovery import Distillation, EpochReport, FineTuning, label_loss, teacher_loss, train
+from diplugin.recovery.losses import output_kind
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
 
@@ -67,6 +68,31 @@ def test_teacher_loss_is_the_divergence_by_hand() -> None:
     assert float(teacher_loss(teacher, teacher)) == pytest.approx(0.0, abs=1e-12)
 
 
+def test_every_kind_of_output_has_a_teacher_of_its_kind() -> None:
+    """Labels that are there or not and real values are judged one by one, so a shift of all of them is a difference."""
+    logits, teacher = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    p, q = (teacher / 3).sigmoid(), (logits / 3).sigmoid()
+    divergences = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    for labels, expected in (
+        ((torch.rand(5, 3) > 0.5).long(), divergences.mean() * 9),
+        (torch.randn(5, 3), (logits - teacher).square().mean()),
+        (torch.arange(5) % 3, teacher_loss(logits, teacher, 3.0)),
+        (torch.randn(5, 3).softmax(1), teacher_loss(logits, teacher, 3.0)),
+    ):
+        kind = output_kind(logits, labels)
+        torch.testing.assert_close(kind.teacher_loss(logits, teacher, 3.0), expected)
+        assert float(kind.teacher_loss(teacher, teacher, 3.0)) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([[0.0], [1.0]]).repeat(16, 1), torch.linspace(-1, 1, 32)[:, None]])
+def test_a_single_output_follows_its_teacher(labels: Tensor) -> None:
+    """Its softmax is one whatever it says."""
+    x, teacher, student = torch.randn(32, 4), nn.Linear(4, 1), nn.Linear(4, 1)
+    before = (student(x) - teacher(x)).norm()
+    train(student, [(x, labels)], Distillation(epochs=60, lr=0.2, teacher_weight=1.0, weight_decay=0), teacher=teacher)
+    assert (student(x) - teacher(x)).norm() < 0.3 * before
+
+
 # --- the loop ---
 
 
@@ -104,6 +130,31 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     finished = train(copy.deepcopy(model), loader, settings, teacher=teacher, checkpoint=checkpoint)
     assert same(finished, whole)
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+@pytest.mark.parametrize("place", ["loader", "sampler", "batches"])
+def test_a_loader_with_a_generator_of_its_own_is_seeded_as_well(make_images: Any, tmp_path: Path, place: str) -> None:
+    """Its state goes on from training to training, and dies with a killed one."""
+    data, own = make_images(24), torch.Generator()
+    images = TensorDataset(data.images, data.labels)
+    sampler = RandomSampler(images, generator=own)
+    loader = {
+        "loader": lambda: DataLoader(images, 8, shuffle=True, generator=own),
+        "sampler": lambda: DataLoader(images, 8, sampler=sampler),
+        "batches": lambda: DataLoader(images, batch_sampler=BatchSampler(sampler, 8, True)),
+    }[place]()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(data.images[0].numel(), 4))
+    whole = train(copy.deepcopy(model), loader, FineTuning(epochs=3))
+    assert same(train(copy.deepcopy(model), loader, FineTuning(epochs=3)), whole)
+
+    def kill(report: EpochReport) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train(copy.deepcopy(model), loader, FineTuning(epochs=3), checkpoint=path, on_epoch=kill)
+    own.seed()
+    assert same(train(copy.deepcopy(model), loader, FineTuning(epochs=3), checkpoint=path), whole)
 
 
 def written(change: Callable[[dict[str, Tensor]], Any], epoch: str | None = "1") -> Callable[[Path], Any]:
@@ -176,6 +227,9 @@ def test_the_teacher_is_followed_and_never_changed(
     train(student, wrong_labels, Distillation(epochs=8, lr=0.02, teacher_weight=1.0), teacher=teacher)
     assert distance() < 0.6 * start
     assert_same_state(teacher, before)
+    teacher.train()
+    train(student, wrong_labels, Distillation(epochs=1), teacher=teacher)
+    assert all(module.training for module in teacher.modules()), "its modes come back"
 
 
 def test_modes_come_back_and_frozen_weights_stay(make_net: MakeNet, loader: Any) -> None:
@@ -224,11 +278,21 @@ def test_normalisation_and_biases_do_not_decay(make_net: MakeNet, make_images: A
 @pytest.mark.parametrize(
     "make",
     [lambda: Distillation(teacher_weight=1.5), lambda: Distillation(temperature=0.0),
-     lambda: Distillation(temperature=math.inf), lambda: Distillation(epochs=0)],
+     lambda: Distillation(temperature=math.inf), lambda: Distillation(epochs=0),
+     lambda: Distillation(temperature="4"), lambda: Distillation(teacher_weight=None)],  # type: ignore[arg-type]
 )  # fmt: skip
 def test_settings_of_a_teacher_that_mean_nothing(make: Callable[[], FineTuning]) -> None:
     with pytest.raises(UserError):
         make()
+
+
+def test_what_cannot_be_trained_or_taught_is_said_before_anything_is_done() -> None:
+    model, batches = nn.Linear(3, 2), [(torch.randn(4, 3), torch.arange(4) % 2)]
+    with pytest.raises(UserError, match="expected a teacher for Distillation, got none"):
+        train(model, batches, Distillation(epochs=1))
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    with pytest.raises(ModelError, match=r"parameters to train, got one .* all frozen"):
+        train(frozen, batches, FineTuning(epochs=1))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from .feature_match import FeatureDistillation, matching
 from .losses import feature_loss, label_loss, teacher_loss
 from .reconstruction import Reconstruction, reconstruct
 from .repair import REPAIRS, Compensate, Cut, Recalibrate, Reconstruct, Repair, best_repair
-from .training import Distillation, EpochReport, FineTuning, train
+from .settings import Distillation, FineTuning
+from .training import EpochReport, check_trainable, train
 
 __all__ = [
     "REPAIRS",
@@ -21,6 +22,7 @@ __all__ = [
     "Reconstruction",
     "Repair",
     "best_repair",
+    "check_trainable",
     "compensate",
     "feature_loss",
     "label_loss",

@@ -8,6 +8,8 @@ both networks.
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from ..discriminant import discriminant_directions
-from ..errors import ModelError, UserError
+from ..errors import ModelError
 from ..features import Forward, GetLabels, chunks, device_of, forward_inputs, labels_of, to_device
 from ..modes import evaluating
 from ..network import NetworkTrace
 from ..plan import PruningPlan
 from .losses import feature_loss
-from .training import Distillation
+from .settings import Distillation, Range, check_numbers
+
+_RANGES: dict[str, Range] = {
+    "teacher_weight": ("above 0 and up to 1", lambda x: 0 < x <= 1),
+    "feature_weight": ("of 0 or more and finite", lambda x: 0 <= x < math.inf),
+    "rho": ("above 0 and finite", lambda x: 0 < x < math.inf),
+    "images": ("as a whole number of 2 or more", lambda n: isinstance(n, numbers.Integral) and int(n) >= 2),
+}
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,7 @@ class FeatureDistillation(Distillation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.teacher_weight > 0 and self.feature_weight >= 0 and self.rho > 0 and self.images >= 2):
-            raise UserError("expected a teacher_weight and rho above 0, a feature_weight of 0 or more and images >= 2")
+        check_numbers(self, _RANGES)
 
 
 @contextmanager

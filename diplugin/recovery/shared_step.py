@@ -46,7 +46,6 @@ class SharedStep:
 
     def __init__(self, team: Team) -> None:
         self.team = team
-        self._steps = 0
 
     def part(self, batch: Any) -> Part:
         """This process' images of a batch that all processes have."""
@@ -57,23 +56,44 @@ class SharedStep:
         return Part(pytree.tree_map(lambda x: x[rows], batch), (rows.stop - rows.start) / images, True)
 
     @contextmanager
-    def running(self, part: Part) -> Iterator[None]:
-        """While the part runs forward and backward."""
-        self._steps += 1
+    def running(self, part: Part, step: int) -> Iterator[None]:
+        """While the part runs forward and backward, as the training's step of this number."""
         if not part.dealt:
             yield
             return
         # What the network draws must not shift what the data draws: all processes see the same batches.
-        with torch.random.fork_rng(devices=[]), SharedBatchNorm(self.team):
-            torch.manual_seed((torch.initial_seed() + 7919 * self._steps + self.team.rank) % 2**63)
+        with torch.random.fork_rng(devices=_gpus()), SharedBatchNorm(self.team):
+            torch.manual_seed((torch.initial_seed() + 7919 * (step + 1) + self.team.rank) % 2**63)
             yield
 
+    def everywhere(self, part: Part, facts: list[bool]) -> list[bool]:
+        """Facts about a part that hold of the whole batch."""
+        if not part.dealt:
+            return facts
+        against = torch.tensor([not fact for fact in facts]).double()
+        self.team.sum([against])
+        return [not count for count in against.tolist()]
+
     def summed(self, part: Part, loss: Tensor, parameters: Sequence[nn.Parameter]) -> float:
-        """Exchange the gradients of the parts' weighted losses; returns the loss of the whole batch."""
-        total = loss.detach().double().cpu().reshape(1)
-        if part.dealt:
-            self.team.sum([total, *(p.grad for p in parameters if p.grad is not None)])
-        return float(total)
+        """Exchange the gradients of the parts' weighted losses; returns the loss of the whole batch.
+
+        What one part alone has run (a layer for some images, say) has a gradient there alone, which counts for all.
+        """
+        if not part.dealt:
+            return float(loss.detach())
+        reached = [float(p.grad is not None) for p in parameters]
+        sums = torch.tensor([float(loss.detach()), *reached], dtype=torch.float64)
+        self.team.sum([sums])
+        for parameter, anywhere in zip(parameters, sums[1:].tolist(), strict=True):
+            if anywhere and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.team.sum([p.grad for p in parameters if p.grad is not None])
+        return float(sums[0])
+
+
+def _gpus() -> list[int]:
+    """The GPU of this process, if it uses one."""
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
 
 
 class SharedBatchNorm(TorchFunctionMode):

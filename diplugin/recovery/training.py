@@ -1,16 +1,17 @@
 """Fine-tuning of a pruned network, with or without the unpruned one as teacher.
 
-`FineTuning` and `Distillation` are settings; `train` is the one loop. It is deterministic: every epoch seeds its own
-shuffling, and the state after each epoch (weights, momenta, schedule) can be saved and loaded, so a run that was
-killed goes on as if it had not been.
+`train` is the one loop for all `settings`. It is deterministic: every epoch seeds its own shuffling, and the state
+after each epoch (weights, momenta, schedule) can be saved and loaded, so a run that was killed goes on as if it had not
+been.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,69 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import DataError, PlanError, UserError, first_line
+from ..errors import DataError, ModelError, PlanError, UserError, first_line
 from ..features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
 from ..modes import modes_kept
 from ..team import Team, current_team
 from ..whole_files import writing_whole
-from .losses import label_loss, teacher_loss
+from .losses import output_kind
+from .settings import FineTuning
 from .shared_step import SharedStep
-
-#: What the numbers of a `FineTuning` may be.
-_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "epochs": ("as a whole number of 1 or more", lambda n: isinstance(n, numbers.Integral) and int(n) >= 1),
-    "lr": ("above 0 and finite", lambda x: 0 < x < math.inf),
-    "momentum": ("from 0 to below 1", lambda x: 0 <= x < 1),
-    "weight_decay": ("of 0 or more and finite", lambda x: 0 <= x < math.inf),
-    "smoothing": ("from 0 to below 1", lambda x: 0 <= x < 1),
-    "warm_up": ("from 0 to 1", lambda x: 0 <= x <= 1),
-}
-
-
-@dataclass(frozen=True)
-class FineTuning:
-    """Plain fine-tuning: SGD with Nesterov momentum, a short warm-up, then a cosine to zero.
-
-    Attributes:
-        epochs: passes over the training data.
-        lr: peak learning rate.
-
-    Raises:
-        UserError: a number that means nothing.
-    """
-
-    epochs: int = 10
-    lr: float = 0.02
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    smoothing: float = 0.0
-    warm_up: float = 0.05
-    teacher_weight: float = field(default=0.0, init=False)
-    temperature: float = field(default=4.0, init=False)
-
-    def __post_init__(self) -> None:
-        for name, (meaning, holds) in _RANGES.items():
-            value = getattr(self, name)
-            if not (isinstance(value, numbers.Real) and holds(value)):
-                raise UserError(f"expected {name} {meaning}, got {value!r:.80}")
-
-
-@dataclass(frozen=True)
-class Distillation(FineTuning):
-    """Fine-tuning with the unpruned network as teacher.
-
-    Attributes:
-        teacher_weight: share of the teacher's loss, the labels' loss has the rest.
-        temperature: softens both networks' outputs.
-    """
-
-    teacher_weight: float = 0.7
-    temperature: float = 4.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.teacher_weight <= 1 or not 0 < self.temperature < math.inf:
-            raise UserError("expected teacher_weight in [0, 1] and a positive, finite temperature")
 
 
 @dataclass(frozen=True)
@@ -114,15 +60,21 @@ def train(
     Args:
         loader: batches of training data, iterated once an epoch; it must have a length.
         teacher: the unpruned network, never changed; needed where `settings.teacher_weight` is not 0.
-        seed: with the epoch, seeds torch's generator before every epoch.
+        seed: with the epoch, seeds torch's generator before every epoch, and the loader's own where it has one. What a
+            data set draws from others (NumPy's, Python's) without workers is its own affair.
         checkpoint: safetensors file written after every epoch, and taken up from where it exists; of many processes
             only the first one writes and reads it.
         extra: one more term of the loss, asked once both networks have run on a batch.
 
     Raises:
         DataError: no batches that can be trained on, or a loss or a network that is no longer finite.
-        PlanError: a checkpoint that is broken, or of another training.
+        ModelError: no parameter to train.
+        PlanError: a checkpoint that is broken, or of another network or a longer training.
+        UserError: no teacher where one is needed.
     """
+    check_trainable(model)
+    if settings.teacher_weight and teacher is None:
+        raise UserError(f"expected a teacher for {type(settings).__name__}, got none")
     steps = _length(loader)
     optimizer = torch.optim.SGD(_groups(model, settings.weight_decay), lr=settings.lr, momentum=settings.momentum,
                                 nesterov=settings.momentum > 0)  # fmt: skip
@@ -130,16 +82,17 @@ def train(
     guide = teacher if settings.teacher_weight else None
     team = current_team(loader)
     shared = SharedStep(team)
-    with team.guarding(), modes_kept(model):
+    with team.guarding(), modes_kept(model), modes_kept(guide) if guide is not None else nullcontext():
         start = _take_up(checkpoint, model, optimizer, settings.epochs, team)
         for epoch in range(start, settings.epochs):
-            torch.manual_seed(seed * 100_003 + epoch)
+            _reseed(loader, seed * 100_003 + epoch)
             model.train()
             losses = []
             for step, batch in enumerate(loader, epoch * steps):
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * _lr_factor(step, total, settings.warm_up)
-                losses.append(_step(model, batch, optimizer, settings, guide, get_labels, forward, extra, shared))
+                losses.append(_step(model, batch, step, optimizer, settings, guide, get_labels, forward, extra,
+                                    shared))  # fmt: skip
             loss = _mean(losses)
             if not (math.isfinite(loss) and _is_finite(model)):  # BatchNorm hides an overflow from the loss
                 raise DataError(f"training diverged in epoch {epoch + 1} (loss {loss}); lower the learning rate")
@@ -148,6 +101,23 @@ def train(
             if on_epoch:
                 on_epoch(EpochReport(epoch + 1, settings.epochs, loss))
     return model
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ModelError where every parameter is frozen."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError("expected a model with parameters to train, got one that has none or whose are all frozen "
+                         "(requires_grad=False)")  # fmt: skip
+
+
+def _reseed(loader: Any, seed: int) -> None:
+    """Seed torch's generator, and those that a loader and its samplers bring along: their state is not saved."""
+    torch.manual_seed(seed)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for drawing in (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        generator = getattr(drawing, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
 
 
 def _mean(losses: Sequence[float | None]) -> float:
@@ -190,8 +160,9 @@ def _lr_factor(step: int, total: int, warm_up: float) -> float:
 
 
 def _step(
-    model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer, settings: FineTuning, teacher: nn.Module | None,
-    get_labels: GetLabels, forward: Forward, extra: Callable[[], Tensor] | None, shared: SharedStep,
+    model: nn.Module, batch: Any, step: int, optimizer: torch.optim.Optimizer, settings: FineTuning,
+    teacher: nn.Module | None, get_labels: GetLabels, forward: Forward, extra: Callable[[], Tensor] | None,
+    shared: SharedStep,
 ) -> float | None:  # fmt: skip
     """The loss on a batch, before the step; None where no step was taken."""
     part = shared.part(batch)
@@ -199,14 +170,13 @@ def _step(
     labels = get_labels(batch)
     if len(labels) == 0 or (len(labels) == 1 and _trains_batchnorm(model)):
         return None  # one image has no statistics of a batch
-    with shared.running(part):
+    with shared.running(part, step):
         logits = forward(model, batch)
-        loss = (1 - settings.teacher_weight if teacher is not None else 1.0) * label_loss(
-            logits, labels, settings.smoothing
-        )
+        kind = output_kind(logits, labels, partial(shared.everywhere, part))
+        weight = settings.teacher_weight if teacher is not None else 0.0
+        loss = (1 - weight) * kind.label_loss(logits, labels, settings.smoothing)
         if teacher is not None:
-            loss = loss + settings.teacher_weight * teacher_loss(logits, _ask(teacher, batch, forward),
-                                                                 settings.temperature)  # fmt: skip
+            loss = loss + weight * kind.teacher_loss(logits, _ask(teacher, batch, forward), settings.temperature)
         if extra is not None:
             loss = loss + extra()
         loss = part.share * loss
