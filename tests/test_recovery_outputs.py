@@ -98,6 +98,20 @@ def test_only_the_layers_and_norms_that_were_asked_for() -> None:
     assert norms_behind(model, trace, ("a",), ("m", "n")) == {"a": "m"}
 
 
+class Returning(Parts):
+    """It returns what the norm reads, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = self.a(x)
+        return self.head(self.n(self.b(self.m(y))).mean((2, 3))), y
+
+
+def test_whoever_calls_the_network_reads_what_it_returns() -> None:
+    model = Returning(lambda net, x: x)
+    trace = trace_network(model, (IMAGE,), verify=False)
+    assert norms_behind(model, trace, ("a", "b"), ("m", "n")) == {"b": "n"}
+
+
 class Reader(nn.Module):
     """A linear layer without a bias reads removed channels; a BatchNorm normalises what it says, or a sum with it."""
 

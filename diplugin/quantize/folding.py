@@ -1,98 +1,108 @@
 """BatchNorm folded into the layer before it, found by watching the tensors of one run.
 
 A BatchNorm can be folded when it is the only reader of a layer's output. That is a fact about one run of the model,
-not about its source: the run is watched (module hooks name the tensors, a torch-function mode counts their readers),
-so it works for models that no symbolic tracer can follow.
+not about its source: the run is watched, so it works for models that no symbolic tracer can follow. And a class may do
+more than its base class does, so a fold is believed once it has given what layer and BatchNorm gave in that run.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..errors import ModelError
-from ..modes import evaluating
+from ..recovery.outputs import NormsBehind, after_call, before_call
 
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+#: Of what layer and BatchNorm gave: folding rounds, and BatchNorm blows the rounding of near-constant channels up.
+_TOLERANCE = 1e-3
 
 
-class _CountReaders(TorchFunctionMode):
-    """How often each tensor is read by a call that returns a tensor; tensors are kept, so that ids stay theirs."""
+class _Watch(NormsBehind):
+    """Keeps copies of what layers read and norms gave, in the order of their calls."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.readers: Counter[int] = Counter()
-        self.kept: list[Tensor] = []
+    def __init__(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+        layers = [n for n, m in modules.items() if isinstance(m, _FOLDABLE) and "weight" in m._parameters]
+        norms = [n for n, m in modules.items() if isinstance(m, _NORMS) and m.running_mean is not None]
+        super().__init__(model, layers, norms)
+        self.seen: dict[str, list[Tensor]] = {name: [] for name in (*layers, *norms)}
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
-            for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, Tensor):
-                    self.readers[id(leaf)] += 1
-                    self.kept.append(leaf)
-        return output
+    def hook(self, stack: ExitStack) -> None:
+        super().hook(stack)
+        for layer in self.layers:
+            before_call(stack, self.modules[layer], partial(self._keep, layer))
+        for norm in self.norms:
+            after_call(stack, self.modules[norm], partial(self._keep, norm))
+
+    def _keep(self, name: str, x: Tensor) -> None:
+        self.seen[name].append(x.clone())
 
 
-def foldable_pairs(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[tuple[str, str]]:
-    """(layer, BatchNorm) names where the BatchNorm alone reads the layer's output; each called once in a run.
+@dataclass(frozen=True)
+class Fold:
+    """A layer's weight and bias with its BatchNorm in them, and what the BatchNorm's place keeps: an activation, say,
+    that is a child of the BatchNorm, as timm's are."""
+
+    layer: str
+    norm: str
+    weight: nn.Parameter
+    bias: nn.Parameter
+    rest: nn.Module
+
+    def gives(self, layer: nn.Module, x: Tensor, expected: Tensor) -> bool:
+        """Whether the layer, so folded, makes what was seen of what was seen."""
+        folded: Any = copy.deepcopy(layer)
+        folded.weight, folded.bias = self.weight, self.bias
+        try:
+            y = self.rest(folded(x))
+            return bool((y - expected).norm() <= _TOLERANCE * expected.norm() + 1e-6)
+        except Exception:  # somebody's own class, whose children do not follow each other
+            return False
+
+
+@torch.no_grad()
+def folds(model: nn.Module, example_inputs: tuple[Any, ...]) -> Iterator[Fold]:
+    """A fold for every BatchNorm that alone reads a layer's output, both called once in a run.
 
     Raises:
         ModelError: the model does not run on the example inputs.
     """
-    produced: dict[int, str] = {}
-    read: list[tuple[int, str]] = []
-    calls: Counter[str] = Counter()
-
-    def after_layer(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            produced[id(output)] = name
-            calls[name] += 1
-
-        return hook
-
-    def before_norm(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            read.append((id(args[0]), name))
-            calls[name] += 1
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, _FOLDABLE):
-            handles.append(module.register_forward_hook(after_layer(name)))
-        elif isinstance(module, _NORMS) and module.running_mean is not None and module.affine:
-            handles.append(module.register_forward_pre_hook(before_norm(name)))
+    watch = _Watch(model)
     try:
-        with evaluating(model), torch.no_grad(), _CountReaders() as count:
-            model(*example_inputs)
+        with watch.watching():
+            watch.returned(model(*example_inputs))
     except Exception as error:
         raise ModelError(f"expected a model that runs on the example inputs, got {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    pairs = [(produced[key], norm) for key, norm in read if key in produced and count.readers[key] == 1]
-    return [(layer, norm) for layer, norm in pairs if calls[layer] == calls[norm] == 1]
+    calls = Counter({name: len(tensors) for name, tensors in watch.seen.items()})
+    for name, behind in watch.found().items():
+        layer, norm = watch.modules[name], watch.modules[behind]
+        if calls[name] == calls[behind] == 1 and len(layer.weight) == norm.num_features:
+            weight, bias = fuse_conv_bn_weights(
+                layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            kept = list(norm.children())
+            fold = Fold(name, behind, weight, bias, nn.Sequential(*kept) if kept else nn.Identity())
+            if fold.gives(layer, watch.seen[name][0], watch.seen[behind][0]):
+                yield fold
 
 
 def fold_batchnorm(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
-    """Fold every foldable BatchNorm, in place; an `Identity` stays where one was. Returns the model, in eval mode."""
-    pairs = foldable_pairs(model, example_inputs)
-    model.eval()
-    for layer_name, norm_name in pairs:
-        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
-        fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        model.set_submodule(layer_name, fuse(layer, norm))  # pyright: ignore[reportArgumentType]
-        model.set_submodule(norm_name, nn.Identity())
+    """Fold every BatchNorm that can be, in place; an `Identity` stays where one was. Gives the model, in eval mode."""
+    for fold in list(folds(model.eval(), example_inputs)):
+        layer, norm = model.get_submodule(fold.layer), model.get_submodule(fold.norm)
+        layer.weight, layer.bias = fold.weight, fold.bias
+        for name, module in list(model.named_modules(remove_duplicate=False)):  # it may have several names
+            if module is norm:
+                model.set_submodule(name, fold.rest)
     return model

@@ -115,7 +115,7 @@ def after_call(stack: ExitStack, module: nn.Module, act: Callable[[Tensor], obje
     stack.callback(module.register_forward_hook(hook).remove)
 
 
-class _NormsBehind(OutputWatch):
+class NormsBehind(OutputWatch):
     """Finds the normalisations that read layers' outputs as they are, and alone."""
 
     def __init__(self, model: nn.Module, layers: Iterable[str], norms: Iterable[str]) -> None:
@@ -142,6 +142,21 @@ class _NormsBehind(OutputWatch):
         if output is not None:
             output.norm = norm
 
+    def returned(self, result: Any) -> None:
+        """What the network returns is read by whoever called it."""
+        for x in pytree.tree_leaves(result):
+            output = self._known(x)
+            if output is not None:
+                self.read(output)
+
+    def found(self) -> dict[str, str]:
+        """Layer -> the normalisation that alone reads its outputs, all of them."""
+        pairs = {output.layer: output.norm for output in self.outputs if output.norm is not None}
+        for output in self.outputs:
+            if output.norm is None:
+                pairs.pop(output.layer, None)
+        return pairs
+
 
 @torch.no_grad()
 def norms_behind(model: nn.Module, trace: NetworkTrace, layers: Iterable[str], norms: Iterable[str]) -> dict[str, str]:
@@ -151,12 +166,8 @@ def norms_behind(model: nn.Module, trace: NetworkTrace, layers: Iterable[str], n
     reads the output as well, it cannot. Found in a pass over inputs like those that were traced. A layer that is called
     more than once has all its outputs normalised, or is left out.
     """
-    watch = _NormsBehind(model, layers, norms)
+    watch = NormsBehind(model, layers, norms)
     draw = torch.Generator().manual_seed(0)
     with watch.watching():
-        model(*(spec.example(draw).to(device_of(model)) for spec in trace.inputs))
-    found = {output.layer: output.norm for output in watch.outputs if output.norm is not None}
-    for output in watch.outputs:
-        if output.norm is None:
-            found.pop(output.layer, None)
-    return found
+        watch.returned(model(*(spec.example(draw).to(device_of(model)) for spec in trace.inputs)))
+    return watch.found()
