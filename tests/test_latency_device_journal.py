@@ -273,12 +273,23 @@ def test_rows_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", [[], ["conv"], ["conv", 8, 8, [1, 1], [1, 1], [0, 0], [1, 1], 3, [2, 2], "", 1, "float32", "NCHW"], "x" * 13]
+    "key",
+    [
+        [],
+        ["conv"],
+        ["conv", 8, 8, [1, 1], [1, 1], [0, 0], [1, 1], 3, [2, 2], "", 1, "float32", "NCHW"],
+        ["conv", 8, 8, [1, 1], [1, 1], [0, 0], [1, 1], 0, [2, 2], "", 1, "float32", "NCHW"],
+        ["conv", 8, 8, [1, 1], [0, 0], [0, 0], [1, 1], 1, [2, 2], "", 1, "float32", "NCHW"],
+        ["conv", 8, 10**400, [1, 1], [1, 1], [0, 0], [1, 1], 1, [2, 2], "", 1, "float32", "NCHW"],
+        "x" * 13,
+    ],
+    ids=range(7),
 )
 def test_a_plan_whose_keys_are_no_operators_makes_no_table(key: Any, tmp_path: Path) -> None:
     plan = small_plan(2)
     document = plan.plan
     next(job for job in document["jobs"] if job["kind"] == "entry")["detail"]["key"] = key
+    document["jobs"][1].update(kind="net", detail={"name": "n", "keys": [key]})
     document["sha256"] = device.plan_sha256(document)
     journal = device.Journal(str(tmp_path / "j"), document)
     journal.start({})
@@ -288,3 +299,22 @@ def test_a_plan_whose_keys_are_no_operators_makes_no_table(key: Any, tmp_path: P
     with pytest.raises(TableError, match="plan and profile again") as error:
         finish(document, tmp_path / "j")
     assert "\n" not in str(error.value)
+
+
+def test_rows_of_a_clock_that_stands_still_make_no_table(tmp_path: Path) -> None:
+    plan = small_plan(2)
+    journal = device.Journal(str(tmp_path / "j"), plan.plan)
+    journal.start({})
+    for row in run(plan, tmp_path / "rows").rows.values():
+        journal.add({**row, "sentinel_ms": 0.0 if row["n"] == 2 else 1.0})
+    journal.close()
+    with pytest.raises(TableError, match="no time"):
+        finish(plan.plan, tmp_path / "j")
+
+
+@pytest.mark.parametrize("words", [{"name": "n" * 81}, {"device_name": "two\nlines"}])
+def test_words_that_no_table_holds_are_no_fault_of_the_profile(words: dict[str, str], tmp_path: Path) -> None:
+    plan = small_plan(2)
+    run(plan, tmp_path / "j")
+    with pytest.raises(TableError, match="in other words"):
+        finish(plan.plan, tmp_path / "j", **words)

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_tables import table
 from torch import nn
 
 from diplugin.costs.latency import LatencyCost
 from diplugin.errors import TableError
-from diplugin.latency import OnnxTiming, Protocol, finish, load_bundle, local, profile_here, runtime_setting
+from diplugin.latency import OnnxTiming, Protocol, device, finish, load_bundle, local, profile_here, runtime_setting
 from diplugin.latency.local import Subject, fitting_plan, is_this_machine
 from diplugin.latency.noted import note_measurement
 from diplugin.network import trace_network
@@ -49,6 +50,24 @@ def test_a_profile_of_this_machine_predicts_and_loads_again(tmp_path: Path) -> N
     table = replace(table, calibration=Calibration(1.5, 0.1, 11, 0.0, 0.0, 1.0))  # nets this small need not fit a line
     cost = LatencyCost(trace_network(model, INPUTS), table)
     assert cost.base == pytest.approx(1.5 * table.nets[0].sum_ms + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"threads": 2}, True),
+        ({"provider": "CUDAExecutionProvider"}, False),
+        ({"graph_optimization": "basic"}, False),
+        ({"runtime": "torch"}, False),
+        ({"version": "0.1"}, False),
+    ],
+)
+def test_a_table_is_this_machines_only_where_files_are_timed_as_it_was(changes: dict[str, Any], expected: bool) -> None:
+    """A GPU's table of this machine says nothing of what its processor takes."""
+    setting = replace(runtime_setting(), **changes)
+    assert is_this_machine(table(8, device=device.device_model(), setting=setting)) is expected
+    assert not is_this_machine(table(8, device="Raspberry Pi 5", setting=setting))
 
 
 def test_a_journal_of_other_work_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,19 @@ def test_a_saved_table_loads_equal(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["t.json"]
 
 
-@pytest.mark.parametrize("changes", [{"name": "n" * 81}, {"name": "two\nlines"}, {"device": "d" * 161}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "n" * 81},
+        {"name": "two\nlines"},
+        {"device": "d" * 161},
+        {"overhead_ms": math.nan},
+        {"provenance": {"load": math.inf}},
+        {"provenance": {"journal": Path("j")}},
+        {"provenance": {"cores": [0, 1]}},
+    ],
+    ids=str,
+)
 def test_what_could_not_be_loaded_again_is_not_saved(tmp_path: Path, changes: dict[str, Any]) -> None:
     before = table(8).save(tmp_path / "t.json").read_bytes()
     with pytest.raises(TableError, match="can be read again") as error:

@@ -60,7 +60,7 @@ def calibrate(nets: Sequence[NetTiming], cache_mb: float = 0.0) -> Calibration |
         nets: timed end to end.
         cache_mb: see `own_cache_mb`; 0 fits no refill. Nor do fewer than `MIN_NETS` nets that outgrow the cache.
     """
-    nets = [net for net in nets if net.sum_ms > 0]
+    nets = [net for net in nets if net.sum_ms > 0 and net.measured_ms > 0]
     if len(nets) < MIN_NETS:
         return None
     sums, measured = [net.sum_ms for net in nets], [net.measured_ms for net in nets]

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import TableError
 from ..tables import Alignment, Entry, LatencyTable, NetTiming, OpKey, Setting
+from ..tables.checks import device_words, table_name
 from ..tables.file_format import document_from_table, table_from_document
 from . import device
 from .calibration import MIN_NETS, calibrate, measured_alignment, own_cache_mb
@@ -34,8 +35,10 @@ def finish(plan: Mapping[str, Any], journal: str | Path, *, name: str = "", devi
         device_name: the device in words; what it said about itself by default.
 
     Raises:
-        TableError: the journal is damaged, of another plan, or lacks rows; or plan and rows make no sense together.
+        TableError: a name that no table can have; the journal is damaged, of another plan, or lacks rows; or plan and
+            rows make no sense together.
     """
+    _check_words(name, device_name)
     header, rows = own_journal(plan, journal)
     if header is None:
         raise TableError(f"expected a profile journal in {str(journal)!r}, got one without a header: profile again")
@@ -46,10 +49,18 @@ def finish(plan: Mapping[str, Any], journal: str | Path, *, name: str = "", devi
     try:
         table = table_from_rows(plan, rows, header["provenance"], name=name, device_name=device_name)
         table_from_document(document_from_table(table))  # what is written must load again
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise TableError(f"expected rows and a plan that give a table, but {reason}: plan and profile again") from None
     return table
+
+
+def _check_words(name: str, device_name: str) -> None:
+    try:
+        table_name(name, "the name")
+        device_words(device_name, "the device")
+    except ValueError as error:
+        raise TableError(f"expected words that a table can hold, but {error}: name them in other words") from None
 
 
 def own_journal(plan: Mapping[str, Any], journal: str | Path) -> tuple[Row | None, dict[str, Row]]:
@@ -86,6 +97,8 @@ class _Times:
         setting = plan["setting"]
         one_thread = setting["threads"] == 1 and setting["provider"] == "CPUExecutionProvider"
         self.clock = "cpu_ms" if one_thread else "wall_ms"
+        if not all(row["sentinel_ms"] > 0 for row in rows.values()):
+            raise ValueError("a sentinel took no time")
         self.plan, self.rows = plan, rows
         self.usual_ms = device.floor_of([row["sentinel_ms"] for row in rows.values()])
 

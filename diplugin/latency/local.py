@@ -175,10 +175,11 @@ def fitting_plan(
 
 
 def is_this_machine(table: LatencyTable) -> bool:
-    """Whether a table is of a machine like this one, with the runtime that is installed here."""
+    """Whether a table is of a machine like this one, under a setting that finished files are timed under here."""
+    here = device.device_model()
+    if here != table.provenance.get("device") and here[:160] != table.device:
+        return False
     try:
-        import onnxruntime
+        return table.setting == runtime_setting(table.setting.threads)
     except ImportError:
         return False
-    here = table.provenance.get("device") == device.device_model() or table.device == device.device_model()[:160]
-    return here and table.setting.runtime == "onnxruntime" and table.setting.version == onnxruntime.__version__

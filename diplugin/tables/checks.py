@@ -52,8 +52,8 @@ def text(limit: int) -> Callable[[Any, str], str]:
     return check
 
 
-#: What a table may be called.
-table_name = text(80)
+#: What a table may be called, and its device.
+table_name, device_words = text(80), text(160)
 
 
 def boolean(value: Any, name: str) -> bool:

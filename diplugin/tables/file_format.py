@@ -111,10 +111,10 @@ def save_table(table: LatencyTable, path: Path) -> Path:
     Raises:
         TableError: it holds something that `load_table` would refuse, such as a name of two lines.
     """
-    text = dumps_table(table)
     try:
+        text = dumps_table(table)
         table_from_document(strict_json(text.encode()))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise TableError(f"expected a table that can be read again, but {error}") from None
     write_text(path, text)
     return path
@@ -213,7 +213,7 @@ def _table(document: dict[str, Any]) -> LatencyTable:
         raise ValueError("plan_sha256 is no SHA-256")
     return LatencyTable(
         name=checks.table_name(document["name"], "name"),
-        device=checks.text(160)(document["device"], "device"),
+        device=checks.device_words(document["device"], "device"),
         setting=Setting(**checks.exact_object(document["setting"], checks.SETTING, "setting")),
         entries=entries, nets=nets,
         alignment=Alignment(**checks.exact_object(document["alignment"], checks.ALIGNMENT, "alignment")),
