@@ -18,7 +18,7 @@ import torch
 
 from .errors import PlanError, first_line
 from .network import TensorSpec
-from .whole_files import finite_number, write_text
+from .whole_files import finite_number, whole_number, write_text
 
 SCHEMA = 1
 
@@ -210,7 +210,7 @@ class PruningPlan:
 def _integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"expected an integer, got {value!r}")
-    return value
+    return whole_number(value)
 
 
 def _text(value: Any) -> str:

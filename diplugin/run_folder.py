@@ -27,7 +27,7 @@ from typing import Any
 
 from .errors import PlanError, first_line
 from .team import Team
-from .whole_files import LEFTOVERS, finite_number, write_json, write_text
+from .whole_files import LEFTOVERS, finite_number, whole_number, write_json, write_text
 
 CONFIG, SCORES, METRICS, REPORT, LOG = "config.json", "scores.json", "metrics.json", "report.html", "log.txt"
 ONNX = "model.onnx"
@@ -181,7 +181,8 @@ def read_json(path: Path) -> dict[str, Any]:
         PlanError: no such file, or no JSON object in it.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_float=finite_number, parse_constant=finite_number)
+        data = json.loads(path.read_text(encoding="utf-8"), parse_int=whole_number, parse_float=finite_number,
+                          parse_constant=finite_number)  # fmt: skip
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"expected a JSON object at {path}, got {error}") from error
     if not isinstance(data, dict):

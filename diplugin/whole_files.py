@@ -29,6 +29,18 @@ def finite_number(value: Any) -> float:
     return number
 
 
+def whole_number(value: Any) -> int:
+    """An integer that is also a float, as others read JSON; given to `json.loads` to parse integers with.
+
+    Raises:
+        ValueError: no integer.
+        TypeError: no integer.
+        OverflowError: an integer beyond every float.
+    """
+    finite_number(value)
+    return int(value)
+
+
 @contextmanager
 def writing_whole(path: str | Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` once the block has ended well; the folder is made where it is missing.

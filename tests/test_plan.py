@@ -114,6 +114,7 @@ def test_one_broken_place_is_a_plan_error_or_a_sound_plan(data: st.DataObject, v
         (("groups", "a", "kept"), "02"),
         (("groups", "a", "channels"), -4),
         (("groups", "a", "channels"), "4"),
+        (("groups", "a", "channels"), 10**400),
         (("groups",), []),
         (("schema",), 2),
         (("schema",), None),

@@ -61,6 +61,13 @@ BROKEN: dict[str, dict[str, Any]] = {
     "versions as a list": {"metrics": metrics() | {"versions": ["2.13"]}},
     "a plan cut short": {"plan": plan().to_json()[:60]},
     "a plan that keeps what is not there": {"plan": plan().to_json().replace('"channels": 8', '"channels": 2')},
+    "a version beyond all floats": {"metrics": metrics() | {"versions": {"torch": 10**400}}},
+    "a calibration beyond all floats": {
+        "metrics": metrics() | {"latency_table": {"nets": [{"predicted_ms": 10**400, "measured_ms": 1}]}}
+    },
+    "a plan of more channels than all floats": {
+        "plan": plan().to_json().replace('"channels": 8', f'"channels": {10**400}')
+    },
     "scores in words": {"scores": {"scores": {"stem": ["high"]}}},
     "scores cut short": {"scores": "{"},
     "bits in words": {"bits": {"version": 1, "bits": {"stem": ["eight"]}}},

@@ -82,7 +82,18 @@ def test_json_is_written_whole_and_refuses_nan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1]", "{", "\x00", "[" * 100_000, '{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}']
+    "text",
+    [
+        "",
+        "[1]",
+        "{",
+        "\x00",
+        "[" * 100_000,
+        '{"a": NaN}',
+        '{"a": -Infinity}',
+        '{"a": 1e999}',
+        '{"a": 1' + "0" * 400 + "}",
+    ],
 )
 def test_broken_json_is_one_clear_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.json").write_text(text)
