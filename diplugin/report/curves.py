@@ -29,7 +29,7 @@ def search_path(run: Run) -> Drawing | None:
     costs = _path_costs(run)
     if len(points) < 2 or not costs:
         return None
-    height, left, right, top, bottom = 300, 58, 24, 40, 46
+    height, left, right, top, bottom = 318, 58, 24, 58, 46
     drawing = Drawing(WIDTH, height, "Label information given up against cost on the search's path")
     shares = {cost: [p.costs[cost] / run.plan.costs[cost].base for p in points] for cost in costs}
     most = max([1.0, *(max(s) for s in shares.values())])
@@ -45,19 +45,27 @@ def search_path(run: Run) -> Drawing | None:
         drawing.text(x(mark), height - bottom + 17, percent(mark, 0), "soft small", "middle")
     drawing.text(left, height - 8, "Cost left, of the unpruned network", "soft small")
     drawing.text(0, 14, "Label information given up (sum of DI losses)", "soft small")
-    legend = WIDTH - right
-    for colour, cost in reversed(list(zip(SERIES, costs, strict=False))):
+    legend = _legend(drawing, [(colour, quantity(cost).name) for colour, cost in zip(SERIES, costs, strict=False)], 32)
+    if asked:
+        drawing.line(legend, 28, legend + 16, 28, "soft", 1.2, dashed=True)
+        drawing.text(legend + 22, 32, "budget", "small")
+    for colour, cost in zip(SERIES, costs, strict=False):
         if cost in asked:
             drawing.line(x(asked[cost]), top, x(asked[cost]), height - bottom, colour, 1.2, dashed=True)
         drawing.path([(x(s), y(p.loss)) for s, p in zip(shares[cost], points, strict=True)], colour)
         drawing.dot(x(shares[cost][-1]), y(points[-1].loss), 4, colour,
                     f"{quantity(cost).name}: {percent(shares[cost][-1])} of unpruned")  # fmt: skip
-        words = quantity(cost).name + (" (budget dashed)" if cost in asked else "")
-        drawing.text(legend, 14, words, "small", "end")
-        legend -= 6.1 * len(words) + 12
-        drawing.line(legend - 8, 10, legend + 8, 10, colour, 2.5)
-        legend -= 22
     return drawing
+
+
+def _legend(drawing: Drawing, entries: Sequence[tuple[str, str]], baseline: float) -> float:
+    """Strokes of (colour, words) and their words, in a line from the left; returns where the next may begin."""
+    at = 0.0
+    for colour, words in entries:
+        drawing.line(at, baseline - 4, at + 16, baseline - 4, colour, 2.5)
+        drawing.text(at + 22, baseline, words, "small")
+        at += 44 + 6.8 * len(words)  # wide enough for every font that FONT names
+    return at
 
 
 def _path_costs(run: Run) -> list[str]:
@@ -160,11 +168,7 @@ def validation(run: Run) -> Drawing | None:
     drawing = Drawing(WIDTH, head + height * lines, "Accuracy of linear discriminant analysis on the channels kept")
     names = [n for n in _ORDERS if any(n in curves for _, curves in layers)]
     colours: dict[str, str] = dict(zip(_ORDERS, (*SERIES, "gone"), strict=True))
-    at = 0.0
-    for name in names:
-        drawing.line(at, 10, at + 16, 10, colours[name], 2.5)
-        drawing.text(at + 22, 14, name, "small")
-        at += 50 + 6.4 * len(name)
+    _legend(drawing, [(colours[name], name) for name in names], 14)
     for i, (layer, curves) in enumerate(layers):
         _lda_panel(drawing, layer, curves, colours, i % columns * (WIDTH - width), head + i // columns * height, width)
     return drawing

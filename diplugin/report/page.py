@@ -86,6 +86,7 @@ def _content(run: Run) -> dict[str, Any]:
         "eight_bits": run.table is not None and run.table.get("dtype") == "int8",
         "groups": {"kept": len(run.plan.kept), "left_alone": _left_alone(run)},
         "scores": run.scores,
+        "found_by": run.plan.found_by,
         "table": table_lines(run),
         "pill": latency_pill(run),
         "calibrated_on": len(curves.calibration_points(run.table)),
