@@ -103,7 +103,7 @@ def compare(
         raise BudgetError(f"expected fractions of the MACs between 0 and 1, got {list(fractions)}")
     get_labels, forward = guarded_labels(get_labels), guarded_forward(forward)
     holdout = None if holdout is None else GuardedLoader(holdout)
-    model = copy.deepcopy(model).eval()
+    model = _thawed(model)
     kept = list(chunks(first_images(GuardedLoader(loader), images), CHUNK_SIZE))
     if not kept:
         raise DataError("expected a loader that yields training images, got an empty one")
@@ -122,6 +122,14 @@ def compare(
             rows += _rows(contender, case, fractions, judge, tell)
     settings = {"images": images, "seed": seed, "fractions": list(fractions)}
     return Comparison(*base, tuple(rows), settings=settings)
+
+
+def _thawed(model: nn.Module) -> nn.Module:
+    """A copy in eval mode without frozen weights: torch-pruning would pass those over, and some criteria need grads."""
+    model = copy.deepcopy(model).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return model
 
 
 def _judge(loader: Iterable[Any], get_labels: GetLabels, forward: Forward) -> Callable[[nn.Module], float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,22 @@ def test_every_criterion_lands_under_the_target_and_near_it(make_net, make_image
     assert result.base_accuracy > 0.9
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_frozen_network_is_compared_like_any_other(make_net, make_images) -> None:
+    """As one at hand for inference is, of which torch-pruning would find nothing to prune, or to derive."""
+    images = make_images(60)
+    model, inputs = trained(make_net, images)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    contenders = [c for c in default_contenders() if c.name in ("Taylor, global", "L2, local", "DI, global")]
+
+    def rows(net: nn.Module) -> list[Any]:
+        result = compare(net, images.loader(40), example_inputs=inputs, test_loader=images.loader(60),
+                         fractions=(0.5,), contenders=contenders)  # fmt: skip
+        return [replace(row, seconds=0.0) for row in result.rows]
+
+    assert rows(frozen) == rows(model) and len(rows(model)) == 3
+    assert not any(p.requires_grad for p in frozen.parameters())
 
 
 def test_the_drop_in_lands_like_a_pruner_of_the_users_own(make_net, make_images) -> None:
