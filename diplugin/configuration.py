@@ -15,7 +15,7 @@ from .costs import Budget
 from .discriminant.targets import check_positive
 from .errors import BudgetError, DataError, ModelError, UserError, first_line
 from .measurements import versions
-from .recovery import FineTuning
+from .recovery import FineTuning, check_trainable
 from .run_folder import recorded
 from .search import SearchLimits
 from .strategies import OneShot, Strategy
@@ -109,10 +109,13 @@ class Configuration:
         """As JSON; two runs with the same record and data are the same run.
 
         Raises:
-            ModelError: not a module, or one whose weights cannot be read.
+            ModelError: not a module, one whose weights cannot be read, or without a parameter to train where one is to
+                be trained.
         """
         if not isinstance(model, nn.Module):
             raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        if any((self.recovery, getattr(self.strategy, "lesson", None), getattr(self.bits, "finetune", None))):
+            check_trainable(model)
         table = self.latency_table
         return {
             "model": type(model).__name__,

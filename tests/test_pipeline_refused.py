@@ -48,6 +48,18 @@ def test_a_seed_that_generators_do_not_take(tmp_path: Path, seed: Any) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "training",
+    [{"recovery": FineTuning(epochs=1)}, {"strategy": diplugin.StructureDistillation()},
+     {"bits": Bits(finetune=FineTuning(epochs=1))}],
+)  # fmt: skip
+def test_a_frozen_network_that_is_to_be_trained_is_said_at_once(tmp_path: Path, training: dict[str, Any]) -> None:
+    frozen = make_net().eval().requires_grad_(False)
+    with pytest.raises(ModelError, match="expected a model with parameters to train"):
+        compress(frozen, seen(), out=tmp_path / "run", **training)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_error_of_any_kind_leaves_a_folder_that_can_be_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
