@@ -23,6 +23,7 @@ from torch.utils.data import (
 
 from .boundary import GuardedLoader
 from .errors import DataError
+from .features import batch_length
 
 _LARGEST = 5000
 #: Sooner or later these draw every image alike; how the images are dealt out to processes is the team's affair.
@@ -49,9 +50,9 @@ class Split:
 def split_holdout(loader: Iterable[Any], fraction: float = 0.1, seed: int = 0) -> Split:
     """Set a seeded random fraction of the data aside (5,000 images at most).
 
-    A DataLoader over a map-style dataset is split image by image and its batch size, collation and workers are kept;
-    of a `SubsetRandomSampler` only the images that it draws. Anything else is read once into memory and split image by
-    image too.
+    A DataLoader over a map-style dataset is split image by image, and its batch size, collation and workers, with how
+    they are prepared, are kept; of a `SubsetRandomSampler` only the images that it draws. Anything else is read once
+    into memory and split image by image too.
 
     Raises:
         DataError: a fraction that leaves one part empty, fewer than four images, batches that are not tensors of one
@@ -62,6 +63,8 @@ def split_holdout(loader: Iterable[Any], fraction: float = 0.1, seed: int = 0) -
     batches = list(GuardedLoader(loader))
     if not batches:
         raise DataError("expected a loader that yields batches, got an empty one")
+    if any(batch_length(batch) is None for batch in batches):
+        raise DataError("expected batches of tensors of one length, or a DataLoader to split, got others")
     try:
         joined = pytree.tree_map(lambda *xs: torch.cat(xs), *batches)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -84,7 +87,9 @@ def _split_dataset(loader: DataLoader[Any], fraction: float, seed: int) -> Split
     def view(ids: Tensor, shuffle: bool = False) -> Iterable[Any]:
         return GuardedLoader(DataLoader(
             Subset(dataset, ids.tolist()), batch_size=loader.batch_size, shuffle=shuffle,
-            collate_fn=loader.collate_fn, num_workers=loader.num_workers, pin_memory=loader.pin_memory,
+            collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, num_workers=loader.num_workers,
+            worker_init_fn=loader.worker_init_fn, multiprocessing_context=loader.multiprocessing_context,
+            prefetch_factor=loader.prefetch_factor, timeout=loader.timeout,
         ))  # fmt: skip
 
     return Split(view(first), view(first, shuffle=True), view(second), (len(first), len(second)))
@@ -98,7 +103,10 @@ def _drawn(loader: Any) -> Tensor:
     if not isinstance(sampler, _OF_ALL) or getattr(sampler, "replacement", False):
         raise DataError(f"expected a loader that draws every image once, got one with a {type(sampler).__name__}; "
                         "pass a DataLoader over a torch.utils.data.Subset of the images wanted")  # fmt: skip
-    return torch.arange(len(loader.dataset))
+    try:
+        return torch.arange(len(loader.dataset))
+    except TypeError as error:
+        raise DataError(f"expected a data set with a length, got {type(loader.dataset).__name__}") from error
 
 
 def _parts(images: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import (
     DataLoader,
+    Dataset,
     DistributedSampler,
     RandomSampler,
     SubsetRandomSampler,
@@ -84,6 +85,52 @@ def test_a_sampler_that_repeats_images_is_refused(make: Any) -> None:
 def test_data_that_cannot_be_split_is_a_clear_error(loader: Any) -> None:
     with pytest.raises(DataError, match="expected"):
         split_holdout(loader)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        [(torch.zeros(4, 1), torch.zeros(6))],
+        [(torch.zeros(4, 1), torch.zeros(3)), (torch.zeros(4, 1), torch.zeros(5))],
+        [{"image": torch.zeros(4, 1), "boxes": torch.zeros(9, 4)}],
+    ],
+    ids=["more labels", "as many over all batches", "boxes"],
+)
+def test_batches_whose_tensors_differ_in_length_are_not_split_askew(loader: Any) -> None:
+    with pytest.raises(DataError, match="of one length"):
+        split_holdout(loader)
+
+
+class Unopened(Dataset[Any]):
+    """Images that a worker can read once it was prepared for them."""
+
+    opened = False
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        if not Unopened.opened:
+            raise OSError("not open")
+        return torch.zeros(1), index
+
+
+def open_images(_: int) -> None:
+    Unopened.opened = True
+
+
+def test_workers_are_prepared_as_the_loaders_own() -> None:
+    split = split_holdout(DataLoader(Unopened(), batch_size=2, num_workers=1, worker_init_fn=open_images))
+    assert sorted(ids(split.training) + ids(split.holdout)) == list(range(8))
+
+
+def test_a_data_set_that_does_not_say_how_long_it_is() -> None:
+    class Endless(Dataset[Any]):
+        def __getitem__(self, index: int) -> Any:
+            return torch.zeros(1), index
+
+    with pytest.raises(DataError, match="expected a data set with a length"):
+        split_holdout(DataLoader(Endless(), batch_size=2))
 
 
 @pytest.mark.parametrize("as_list", [False, True])
