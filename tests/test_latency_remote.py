@@ -150,6 +150,18 @@ def test_a_connection_lost_once_is_taken_up_again(tmp_path: Path, stand_in: Stan
     assert flag.exists() and complete(plan, tmp_path / "b.jsonl")
 
 
+def test_a_device_that_greets_every_login_is_understood(tmp_path: Path, stand_in: StandIn) -> None:
+    """A shell's start-up file that prints: its words came home as the first line of the journal."""
+    plan, progress = small_plan(), io.StringIO()
+    remote, bundle = stand_in("echo Welcome to the Pi; echo 'Load: 3' >&2"), plan.save(tmp_path / "b.pyz")
+    assert run_bundle_there(remote, bundle, tmp_path / "b.jsonl", progress) == len(plan.jobs)
+    assert complete(plan, tmp_path / "b.jsonl")
+    (tmp_path / "b.jsonl").write_text("".join((tmp_path / "b.jsonl").read_text().splitlines(keepends=True)[:4]))
+    shutil.rmtree(remote.folder)
+    run_bundle_there(remote, bundle, tmp_path / "b.jsonl")
+    assert complete(plan, tmp_path / "b.jsonl")
+
+
 def test_a_connection_that_stays_lost_is_said(tmp_path: Path, stand_in: StandIn) -> None:
     remote = stand_in("echo 'client_loop: send disconnect' >&2; exit 255")
     with pytest.raises(ConnectionLost, match="to go on"):
@@ -165,13 +177,18 @@ def test_a_connection_that_stays_lost_is_said(tmp_path: Path, stand_in: StandIn)
         ("echo 'ssh: connect to host desk port 22: Connection refused' >&2; exit 255", "sshd"),
         ("echo 'cat: write error: No space left on device' >&2; exit 1", "disk is full"),
         ("echo 'sh: 1: python9: not found' >&2; exit 127", "--python"),
+        ("echo 'sh: 1: python3: Permission denied' >&2; exit 126", "--python"),
+        ("echo \"mkdir: cannot create directory '/opt/x': Permission denied\" >&2; exit 1", "--folder"),
+        ("echo 'error: the journal cannot be written (Permission denied)' >&2; exit 2", "--folder"),
+        ("echo 'odd: the sensor timed out' >&2; exit 9", "sensor timed out"),
         ("echo 'something odd' >&2; exit 9", "something odd"),
+        ("printf 'something \\033[2J\\033]0;odd\\007' >&2; exit 9", "something .*odd"),
     ],
 )
 def test_each_trouble_is_one_line(before: str, said: str, tmp_path: Path, stand_in: StandIn) -> None:
     with pytest.raises(DeviceError, match=said) as error:
         run_bundle_there(stand_in(before), small_plan().save(tmp_path / "b.pyz"), tmp_path / "b.jsonl")
-    assert "\n" not in str(error.value) and "desk" in str(error.value)
+    assert str(error.value).isprintable() and "desk" in str(error.value)
     assert not (tmp_path / "b.jsonl").exists()
 
 

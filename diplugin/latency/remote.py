@@ -26,17 +26,21 @@ from .onnx_timing import OnnxTiming, onnx_plan, onnx_timing
 
 RETRIES, BACKOFF_S = 5, 2.0
 _CONNECTION_LOST = 255
-_NOT_FOUND = 127
-_TROUBLES = (
+_NOT_FOUND = (126, 127)
+#: Comes before what a command says: login scripts that greet say it on the same stream.
+_BEGIN = "diplugin-begins-here"
+_CONNECTION_TROUBLES = (
     (r"host key verification failed|remote host identification has changed|no .* host key is known",
      "its host key is not known or has changed: connect once with 'ssh {host}' and check the key"),
     (r"permission denied", "it refuses the login: set up a key, so that 'ssh {host}' works by itself"),
     (r"could not resolve|name or service not known",
      "its name cannot be resolved: check the spelling or ~/.ssh/config"),
     (r"connection refused|timed out|no route|unreachable", "it does not answer: check that it is on and runs sshd"),
-    (r"no space left", "its disk is full: make room, or name another --folder; nothing done so far is lost"),
-    (r"read-only file system", "it cannot be written to there: name another --folder"),
 )  # fmt: skip
+_DEVICE_TROUBLES = (
+    (r"no space left", "its disk is full: make room, or name another --folder; nothing done so far is lost"),
+    (r"read-only file system|permission denied", "it may not be written to there: name another --folder"),
+)
 
 
 @dataclass(frozen=True)
@@ -80,34 +84,36 @@ class Remote:
         try:
             with tempfile.TemporaryFile() as spool:
                 process = subprocess.Popen(
-                    self.command(remote), stdin=subprocess.PIPE if data is not None else subprocess.DEVNULL,
+                    self.command(f"echo {_BEGIN}; {remote}"),
+                    stdin=subprocess.PIPE if data is not None else subprocess.DEVNULL,
                     stdout=subprocess.PIPE, stderr=subprocess.PIPE if progress is not None else spool,
                 )  # fmt: skip
                 lines = _relay(process, progress) if progress is not None else []
                 output, _ = process.communicate(data)
                 spool.seek(0)
-                lines = lines or spool.read().decode("utf-8", "replace").splitlines()
+                lines = lines or [_printable(line) for line in spool.read().splitlines()]
         except FileNotFoundError:
             raise DeviceError("expected the ssh command on this machine, found none: install OpenSSH") from None
         if process.returncode:
             raise self.trouble(process.returncode, lines)
-        return output
+        return output.partition(f"{_BEGIN}\n".encode())[2]
 
     def trouble(self, code: int, lines: list[str]) -> DeviceError:
         """What a failed command means, in one line."""
-        said = " ".join(lines)
-        for pattern, meaning in _TROUBLES:
+        if code in _NOT_FOUND:
+            return DeviceError(f"{self.host!r} has no {self.python} that runs: install it or name another with "
+                               "--python")  # fmt: skip
+        said, lost = " ".join(lines), code == _CONNECTION_LOST
+        for pattern, meaning in _CONNECTION_TROUBLES if lost else _DEVICE_TROUBLES:
             if re.search(pattern, said, re.IGNORECASE):
-                kind = ConnectionLost if code == _CONNECTION_LOST and "answer" in meaning else DeviceError
+                kind = ConnectionLost if "answer" in meaning else DeviceError
                 return kind(f"cannot work on {self.host!r}: " + meaning.format(host=self.host))
         own = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)
         if own is not None:
             return DeviceError(f"on {self.host!r}: {own}")
         last = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")[:300]
-        if code == _CONNECTION_LOST:
+        if lost:
             return ConnectionLost(f"the connection to {self.host!r} was lost ({last}): run the same command to go on")
-        if code == _NOT_FOUND:
-            return DeviceError(f"{self.host!r} has no {self.python}: install it or name another with --python")
         return DeviceError(f"the command failed on {self.host!r}: {last}")
 
     def send(self, path: Path, name: str) -> None:
@@ -136,11 +142,16 @@ def _relay(process: subprocess.Popen[bytes], progress: IO[str]) -> list[str]:
     """Pass a process's error lines on as they come; returns the last of them."""
     lines: list[str] = []
     for raw in process.stderr or ():
-        line = "".join(c if c.isprintable() else " " for c in raw.decode("utf-8", "replace").rstrip())
+        line = _printable(raw)
         lines = [*lines[-19:], line]
         if not line.startswith("error: "):
             print(line, file=progress, flush=True)
     return lines
+
+
+def _printable(raw: bytes) -> str:
+    """A line of a device's, without what moves a terminal's cursor."""
+    return "".join(c if c.isprintable() else " " for c in raw.decode("utf-8", "replace").rstrip())
 
 
 def run_bundle_there(remote: Remote, bundle: Path, journal: Path, progress: IO[str] | None = None) -> int:
