@@ -129,6 +129,20 @@ def test_a_sketch_that_misses_what_varies_gives_way_to_the_exact_scores() -> Non
         chunk_scores(features, targets, sketch=Sketch(columns=3000))
 
 
+@pytest.mark.filterwarnings("ignore::diplugin.errors.DISaturationWarning")
+@pytest.mark.parametrize("rho", [1e-2, 1e-4, 1e-5, 1e-7])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_small_ridge_loses_no_digits_on_maps_of_few_dimensions(rho: float, absolute: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(10, (120,), generator=draw)
+    upsampled = torch.randn(120, 3, generator=draw) + torch.randn(10, 3, generator=draw)[labels]
+    features = (upsampled @ torch.randn(3, 8 * 40, generator=draw)).view(120, 8, 40)
+    given_ = {"ridge": absolute_ridge(features, rho)} if absolute else {"rho": rho}
+    scored = chunk_scores(features, label_targets(labels), **given_)
+    torch.testing.assert_close(scored.scores, channel_scores(features, labels, rho), rtol=1e-3, atol=0)
+    assert scored.di == pytest.approx(float(discriminant_information(features, labels, rho)), rel=1e-5)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

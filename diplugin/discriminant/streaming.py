@@ -5,7 +5,7 @@ the average over its chunks. For one chunk the maps F are read twice: once for t
 centring the small matrix from both sides gives the same K; once for FᵀZ, where Z sums to zero over the images, so the
 mean of F cancels by itself. Products run in float32 over blocks of columns, sums and the factorisation in float64.
 Where float32 would lose digits (maps whose mean dwarfs their variation, extreme scales) the chunk is computed by
-`exact` instead.
+`exact` instead; where the ridge is as small as the rounding of products, they too run in float64.
 
 Large maps hold far more columns than an N×N matrix can tell apart: a `Sketch` takes the Gram matrix from a fixed,
 evenly spread draw of columns, at which the ridge, ten times the mean energy, hardly notices; W is still read from every
@@ -40,6 +40,8 @@ GPU_PRODUCT_ELEMENTS = 1 << 24
 WORTH_EIGENVECTORS = 32
 #: Where centring removes all but this share of the energy, float32 products no longer hold enough digits.
 MIN_VARIATION = 1e-3
+#: Of a ridge below this share of the energy, rounding in float32 takes more than a thousandth.
+MIN_RIDGE = 1e-5
 #: Energies outside this range have over- or underflowed in float32.
 ENERGY_RANGE = (1e-25, 1e30)
 
@@ -182,70 +184,75 @@ def _flat_maps(features: Tensor, channel_dim: int) -> _Maps:
 
 
 def _fast_scores(maps: _Maps, targets: Tensor, rho: float, ridge: float | None, sketch: Sketch) -> ChunkScores | None:
-    """Scores by float32 products, or None where those would not hold enough digits.
+    """Scores by products over blocks of columns, or None where those would not hold enough digits.
 
     What is N×N lives on the CPU: a GPU takes longer for matrices so small, and every look at a number waits for it.
     """
-    images = len(maps.view)
-    gram, share = _gram(maps.flat, sketch.columns)
-    gram = gram.cpu()
-    raw_energy = float(gram.diagonal().sum())
-    gram = gram - gram.mean(0)
-    gram = gram - gram.mean(1, keepdim=True)
+    images, dtype = len(maps.view), torch.float32
+    gram, raw_energy, share = _centred_gram(maps.flat, sketch.columns, dtype)
     energy = float(gram.diagonal().sum())
     if not (ENERGY_RANGE[0] < raw_energy < ENERGY_RANGE[1]) or energy < MIN_VARIATION * raw_energy:
         return None
     absolute = check_positive(rho, "rho") * energy / images if ridge is None else check_positive(ridge, "ridge") * share
+    if absolute < MIN_RIDGE * energy:
+        dtype = torch.float64
+        gram, _, _ = _centred_gram(maps.flat, sketch.columns, dtype)
     targets = unit_targets(targets.cpu())
     shifted = gram + absolute * torch.eye(images, dtype=gram.dtype)
     factor, failed = torch.linalg.cholesky_ex(shifted)
     if int(failed):
         return None
     solution = torch.cholesky_solve(targets, factor)
+    if dtype == torch.float64:  # so small a ridge lets the mean of F back in through rounding
+        solution -= solution.mean(0)
     di = float((targets * (gram @ solution)).sum())
     # Scaled to order one, so that float32 holds it whatever the scale of the features.
     size = float(solution.abs().max())
-    energies = _energies(maps, (solution / size).to(maps.view.device), sketch).cpu()
+    energies = _energies(maps, (solution / size).to(maps.view.device), sketch, dtype).cpu()
     # The sketched ridge is `share` of the whole one, and the solution 1/share of the whole one's.
     scores = energies.mul_(2 * absolute * size * size * share)
     return ChunkScores(scores, di, absolute / share, images) if bool(torch.isfinite(scores).all()) else None
 
 
-def _gram(flat: Tensor, columns: int | None) -> tuple[Tensor, float]:
-    """FFᵀ in float64 from at most so many columns, and the share of columns that it was taken from."""
+def _centred_gram(flat: Tensor, columns: int | None, dtype: torch.dtype) -> tuple[Tensor, float, float]:
+    """(K in float64 on the CPU from at most so many columns, the energy before centring, the share of columns)."""
     images, width = flat.shape
     share = 1.0
     if columns is not None and columns < width:
         flat, share = flat.index_select(1, _drawn(width, columns, flat.device)), columns / width
     gram = torch.zeros(images, images, dtype=torch.float64, device=flat.device)
     for block in flat.split(max(1, BLOCK_ELEMENTS // images), dim=1):
-        part = block.float()
+        part = block.to(dtype)
         gram += part @ part.T
-    return gram, share
+    gram = gram.cpu()
+    energy = float(gram.diagonal().sum())
+    gram = gram - gram.mean(0)
+    return gram - gram.mean(1, keepdim=True), energy, share
 
 
-def _energies(maps: _Maps, solution: Tensor, sketch: Sketch) -> Tensor:
+def _energies(maps: _Maps, solution: Tensor, sketch: Sketch, dtype: torch.dtype) -> Tensor:
     """‖F_cᵀZ‖² of every channel, float64 [C]; `solution` is Z [N, L]."""
     # Eigenvectors cost as much as the products of a small map, and more than those of any on a GPU.
     on_cpu = maps.view.device.type == "cpu"
     worth = on_cpu and maps.flat.shape[1] >= WORTH_EIGENVECTORS * len(solution)
     limit = sketch.directions if worth else None
     directions, weights, tail = _directions(solution, limit)
+    directions, weights = directions.to(dtype), weights.to(dtype)
     width = max(256, (PRODUCT_ELEMENTS if on_cpu else GPU_PRODUCT_ELEMENTS) // len(directions))
-    squares = [weights @ (directions @ block.float()).square_() for block in maps.flat.split(width, dim=1)]
+    squares = [weights @ (directions @ block.to(dtype)).square_() for block in maps.flat.split(width, dim=1)]
     energies = torch.cat(squares).view(maps.view.shape[1:]).sum((0, 2), dtype=torch.float64)
     return energies if tail == 0 else energies.add_(maps.squares, alpha=tail).clamp_(min=0)
 
 
 def _directions(solution: Tensor, limit: int | None) -> tuple[Tensor, Tensor, float]:
-    """Directions [k, N], weights [k] and a tail with ‖FᵀZ‖² ≈ Σ w_j ‖Fᵀv_j‖² + tail · ‖F‖², float32.
+    """Directions [k, N], weights [k] and a tail with ‖FᵀZ‖² ≈ Σ w_j ‖Fᵀv_j‖² + tail · ‖F‖².
 
     Exact while Z has no more columns than the limit. Beyond it k = limit eigenvectors of ZZᵀ are kept, and the others
     count with their mean eigenvalue: the ones whose eigenvalues lie closest together.
     """
     images, columns = solution.shape
     if limit is None or columns <= limit or images <= limit + 2:
-        return solution.T.float().contiguous(), solution.new_ones(columns).float(), 0.0
+        return solution.T.contiguous(), solution.new_ones(columns), 0.0
     product = solution @ solution.T
     # Z sums to zero over the images: the direction of their mean has no weight, and is kept apart from the tail.
     mean = torch.full((images,), images**-0.5, dtype=product.dtype, device=product.device)
@@ -257,7 +264,7 @@ def _directions(solution: Tensor, limit: int | None) -> tuple[Tensor, Tensor, fl
     kept = [*range(first), *range(first + rest, images - 1)]
     directions = torch.cat([mean[:, None], vectors[:, kept]], 1)
     weights = torch.cat([values.new_zeros(1), values[kept]]) - tail
-    return directions.T.float().contiguous(), weights.float(), tail
+    return directions.T.contiguous(), weights, tail
 
 
 @lru_cache(maxsize=256)
