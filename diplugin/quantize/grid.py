@@ -85,6 +85,15 @@ def fit_weight_grid(
     return WeightGrid(bits, scale)
 
 
+def with_room(scale: Tensor, bias: Tensor, inputs: ActivationGrid) -> Tensor:
+    """Scales [C] under which `bias` [C] is a number of 30 bits in steps of the products, as int8 kernels hold it in 32.
+
+    Only a channel whose weights are as good as zero beside its bias gets another one, a power of two.
+    """
+    least = bias.abs() / (2.0**30 * inputs.scale)
+    return torch.where(scale.abs() < least, 2.0 ** torch.ceil(torch.log2(least)), scale)
+
+
 class Scales(Protocol):
     """How scales are fitted: `weight` [C, D], `bits` [C], `importance` [C, D] of squared errors -> a grid."""
 

@@ -23,7 +23,7 @@ from .costs import BitOperations, FileSize, LayerShape
 from .export import QuantizedExport, export_model
 from .fake import QUANTIZABLE, put_on_grid
 from .folding import fold_batchnorm
-from .grid import ActivationGrid, WeightGrid, fit_activation_grid
+from .grid import ActivationGrid, WeightGrid, fit_activation_grid, with_room
 from .observe import LayerStatistics, observe
 from .settings import Bits
 from .strategies import BitStrategy, Task
@@ -200,9 +200,11 @@ class Quantizer:
                 rows = torch.from_numpy(np.flatnonzero(widths == width))
                 rounded = self.task.rounded(name, width)
                 values[rows], scale[rows] = rounded.values[rows], rounded.grid.scale[rows]
-            put_on_grid(layer, WeightGrid(torch.from_numpy(widths.astype(np.int64)), scale), self._grids[name])
+            shift, inputs = self._mean_error(name, exact - values), self._grids[name]
+            scale = with_room(scale, shift if layer.bias is None else layer.bias.detach() + shift, inputs)
+            put_on_grid(layer, WeightGrid(torch.from_numpy(widths.astype(np.int64)), scale), inputs)
             layer.weight = values.view_as(layer.weight)
-            layer.bias = layer.bias.detach() + self._mean_error(name, exact - values)
+            layer.bias = layer.bias.detach() + shift
         return model.to(self._device)
 
     def _mean_error(self, layer: str, error: torch.Tensor) -> torch.Tensor:
