@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from ..errors import ModelError
 from ..export import export_onnx, write_onnx
 from ..modes import evaluating
 from ..onnx_inference import run_onnx
-from .fake import layers_on_grid, weight_grid
+from .fake import layers_on_grid, take_off_grid, weight_grid
 from .layouts import JoinedWeights, Layout, StoredLayer
 from .onnx_file import INT2_OPSET, INT4_OPSET, rewrite
 
@@ -47,13 +46,7 @@ def float_twin(model: nn.Module) -> nn.Module:
     """A copy with the grid values as plain weights and biases, and no grids on the inputs."""
     twin = copy.deepcopy(model).eval()
     for _, layer in list(layers_on_grid(twin)):
-        weight, bias = layer.weight.detach(), layer.bias.detach()  # pyright: ignore
-        layer._forward_pre_hooks.clear()
-        del layer.input_on_grid
-        # torch's remove_parametrizations would alter the class that copies share with the original.
-        layer.__class__ = parametrize.type_before_parametrizations(layer)
-        del layer.parametrizations
-        layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+        take_off_grid(layer)
     return twin
 
 

@@ -82,8 +82,12 @@ class InputOnGrid(nn.Module):
         return f"scale={self.grid.scale}, zero_point={self.grid.zero_point}"
 
 
-def _quantize_input(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (layer.input_on_grid(args[0]), *args[1:])
+def _quantize_input(
+    layer: Any, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (layer.input_on_grid(args[0]), *args[1:]), named
+    return args, {name: layer.input_on_grid(x) for name, x in named.items()}
 
 
 def put_on_grid(layer: Any, weight: WeightGrid, inputs: ActivationGrid) -> None:
@@ -93,7 +97,19 @@ def put_on_grid(layer: Any, weight: WeightGrid, inputs: ActivationGrid) -> None:
     parametrize.register_parametrization(layer, "weight", WeightOnGrid(weight))
     parametrize.register_parametrization(layer, "bias", BiasOnGrid(inputs.scale * weight.scale.abs()))
     layer.add_module("input_on_grid", InputOnGrid(inputs))
-    layer.register_forward_pre_hook(_quantize_input)
+    layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+
+
+def take_off_grid(layer: Any) -> None:
+    """Leave the grid values as plain weight and bias, and the input as it is; hooks that others have set stay."""
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _quantize_input]:
+        del layer._forward_pre_hooks[key], layer._forward_pre_hooks_with_kwargs[key]
+    del layer.input_on_grid
+    # torch's remove_parametrizations would alter the class that copies share with the original.
+    layer.__class__ = parametrize.type_before_parametrizations(layer)
+    del layer.parametrizations
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
 
 
 def is_on_grid(module: nn.Module) -> bool:

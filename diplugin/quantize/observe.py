@@ -80,13 +80,15 @@ def observe(
     targets: list[Tensor] = []
 
     def hook(name: str) -> Any:
-        def look(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def look(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
             statistics = seen.setdefault(name, _empty(layer))
-            _look(layer, statistics, args[0], output, targets[-1], rho, generator)
+            x = next(iter((*args, *named.values())))
+            _look(layer, statistics, x, output, targets[-1], rho, generator)
 
         return look
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in quantizable_layers(model).items()]
+    layers = quantizable_layers(model)
+    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     count, device = 0, device_of(model)
     try:
         with torch.no_grad():
@@ -132,7 +134,7 @@ def _look(
         statistics.mean += patches.sum(1).double().cpu()
         statistics.patches += patches.shape[1]
     statistics.macs = output[0].numel() / layer.weight.shape[0] * layer.weight[0].numel()
-    if len(x) == len(targets):  # a layer that sees something else than images has no label information to lose
+    if len(x) == len(targets):  # a layer that sees something else than images tells nothing of labels here
         statistics.label_images.append(_label_images(x, output, targets, rho))
 
 
