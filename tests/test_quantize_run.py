@@ -319,3 +319,56 @@ def test_images_that_do_not_fit_leave_the_older_files(make_net, make_images, tmp
     with pytest.raises(UserError, match="inputs that fit the ONNX model"):
         quantize_run(model, loader, example, bits, folder=tmp_path, judge=[(images[:, :1], labels)])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == older
+
+
+class Windows(nn.Module):
+    """The middle layer sees four windows an image, as a batch; called by keyword."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.embed, self.inner, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        tokens = self.embed(input=x).flatten(2)
+        if self.first:  # tokens first
+            return self.head(self.inner(input=tokens.permute(2, 0, 1)).mean(0))
+        windows = self.inner(input=tokens.transpose(1, 2).reshape(-1, 4, 8))
+        return self.head(windows.reshape(-1, 16, 8).mean(1))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_layer_that_sees_no_images_is_not_silenced(make_images, first):
+    torch.manual_seed(0)
+    model, loader = Windows(first).eval(), make_images(80).loader(40)
+    x = torch.cat([images for images, _ in loader])
+    result = quantize(model, loader, (x[:1],), Bits(ends=FREE_ENDS, images=80), budgets=[Budget("bops", fraction=0.5)])
+    expected = model(x)
+    assert (result.model(x) - expected).norm() < 0.3 * (expected - expected.mean(0)).norm()
+
+
+def test_biases_fit_the_integers_of_int8_kernels(make_images, tmp_path):
+    """Channels of no weight, or next to none, whose bias is all that they say, as trained BatchNorms leave them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    for channel, size in enumerate((0.0, 1e-20, 1e-12, 1e-6)):
+        model[0].weight.data[channel] *= size
+        model[0].bias.data[channel] = 1.0
+    loader = make_images(80).loader(80)
+    quantizer = Quantizer(model.eval(), loader, (loader[0][0][:1],), Bits(ends=FREE_ENDS, images=80))
+    result = quantizer.at(quantizer.uniform(8))
+    for _, layer in layers_on_grid(result.model):
+        step = layer.input_on_grid.grid.scale * layer.parametrizations.weight[0].scale.abs()
+        assert (layer.bias.double() / step.double()).abs().max() < 2**31
+    assert (result.model(loader[0][0]) - model(loader[0][0])).norm() < 0.02 * model(loader[0][0]).norm()
+    assert export_quantized(result, tmp_path / "q.onnx", (loader[0][0],)).relative_difference <= 1e-3
+
+
+def test_hooks_of_others_are_exported(make_images, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).eval()
+    model[3].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    loader = make_images(80).loader(80)
+    quantizer = Quantizer(model, loader, (loader[0][0][:1],), Bits(ends=FREE_ENDS, images=80))
+    result = quantizer.at(quantizer.uniform(4))
+    assert export_quantized(result, tmp_path / "q.onnx", (loader[0][0],)).relative_difference <= 1e-3

@@ -101,12 +101,16 @@ class DIBits:
 
 
 def di_damage(task: Task, layer: str, width: int) -> np.ndarray:
-    """2ρ‖E_cᵀZ‖²/‖Y‖² of every output channel at `width` bits, float64 [C], averaged over chunks of images."""
+    """2ρ‖E_cᵀZ‖²/‖Y‖² of every output channel at `width` bits, float64 [C], averaged over chunks of images.
+
+    A layer that sees something else than images (windows of them, or tokens first) is taken to carry all there is: its
+    share of the output that is error counts as the share of label variance.
+    """
     module: Any = task.model.get_submodule(layer)
     error = (task.rounded(layer, width).values - task.weight(layer)).view(module.weight.shape)
     images = task.statistics[layer].label_images
     if not images:
-        return np.zeros(len(error))
+        return output_error(task, layer, width) / len(error)
     total = torch.zeros(len(error), dtype=torch.float64)
     with torch.no_grad():
         for x in images:
