@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -20,6 +21,9 @@ from diplugin.groups import ChannelGroup, group_from_torch_pruning
 from diplugin.taps import Tap, TapPoint, points_of
 
 __all__ = ["device_of_group", "fault_of", "key_of", "modules_of", "norms_of", "peek", "wanted_points", "whole_group"]
+
+#: What a pruner may be told to start groups from; its default is all but the embeddings.
+_ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, tp.ops.TORCH_LSTM, tp.ops.TORCH_EMBED)
 
 
 def key_of(graph: Any, group: Any) -> tuple[str, bool]:
@@ -104,7 +108,8 @@ def wanted_points(model: nn.Module, batch: Any, observation: Observation, tap: T
         graph = dependency_graph(model, (few,), lambda model, inputs: observation.forward(model, inputs[0]))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            groups = [group_from_torch_pruning(graph, group) for group in graph.get_all_groups()]
+            found = graph.get_all_groups(root_module_types=_ROOTS)
+            groups = [group_from_torch_pruning(graph, group) for group in found]
         points = points_of(groups, tap)
     except Exception:
         points = ()

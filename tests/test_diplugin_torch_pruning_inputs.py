@@ -8,10 +8,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from diplugin_torch_pruning import DIImportance
+import torch_pruning as tp
+from diplugin_torch_pruning import PLAIN, DIImportance
 from small_residual import PaddedShortcut, Residual, data, group_of, make
 from torch import Tensor, nn
 
+from diplugin.discriminant import channel_scores
 from diplugin.errors import DataError, FrozenLayersWarning, ModelError, NotFittedError, StaleScoresWarning
 
 
@@ -131,3 +133,24 @@ def test_a_frozen_backbone_is_scored_and_told_of():
         importance = DIImportance().fit(model, [batch])
     model.requires_grad_(True)
     torch.testing.assert_close(importance(group_of(model, "conv1")), want)
+
+
+def test_groups_that_start_from_an_embedding():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.hidden, self.head = nn.Embedding(20, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.hidden(self.embed(x))).mean(1))
+
+    torch.manual_seed(0)
+    model, y = Words(), torch.arange(60) % 3
+    x = (torch.randint(0, 20, (60, 7)) + y[:, None]) % 20
+    importance = DIImportance(**PLAIN).fit(model, [(x, y)])
+    with torch.no_grad():
+        want = channel_scores(model.embed(x).transpose(1, 2), y).argsort()[8:].sort().values
+        kept = model.embed.weight[:, want].clone()
+    tp.pruner.BasePruner(model, (x[:1],), importance, pruning_ratio=0.5, ignored_layers=[model.head],
+                         root_module_types=[nn.Embedding, nn.Linear], num_heads={}).step()  # fmt: skip
+    torch.testing.assert_close(model.embed.weight.detach(), kept)
