@@ -8,9 +8,9 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch_pruning.ops import TORCH_CONV, TORCH_EMBED, TORCH_LINEAR, TORCH_LSTM
 
 from diplugin.dependency import dependency_graph
 from diplugin.errors import DataError
@@ -23,7 +23,7 @@ from diplugin.taps import Tap, TapPoint, points_of
 __all__ = ["device_of_group", "fault_of", "key_of", "modules_of", "norms_of", "peek", "wanted_points", "whole_group"]
 
 #: What a pruner may be told to start groups from; its default is all but the embeddings.
-_ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, tp.ops.TORCH_LSTM, tp.ops.TORCH_EMBED)
+_ROOTS = (TORCH_CONV, TORCH_LINEAR, TORCH_LSTM, TORCH_EMBED)
 
 
 def key_of(graph: Any, group: Any) -> tuple[str, bool]:
