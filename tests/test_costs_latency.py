@@ -168,6 +168,23 @@ def test_widths_off_the_lower_envelope_are_left_out(trace: NetworkTrace) -> None
     assert allowed is not None and 16 not in allowed and 24 in allowed and 8 in allowed
 
 
+def test_a_layer_that_was_profiled_wider_than_it_is_pins_no_group(trace: NetworkTrace) -> None:
+    """The table of a network with 36 channels where this one has 32: rounding up answers, as every lookup does."""
+    full = full_table(trace)
+    there = {32: 36, 24: 28}
+    keys = [replace(e.key, cin=there.get(e.key.cin, e.key.cin), cout=there.get(e.key.cout, e.key.cout),
+                    groups=there.get(e.key.groups, e.key.groups)) for e in full.entries]  # fmt: skip
+    wider = replace(full, entries=tuple(Entry(key, made_up_ms(key), 1.0, 1.0, 0.0) for key in dict.fromkeys(keys)))
+    cost, own = quiet_cost(trace, wider), quiet_cost(trace, full)
+    with pytest.warns(RoundedLatencyWarning):
+        assert cost.base > own.base
+    for group in trace.base_widths:
+        allowed = cost.allowed_widths(group)
+        assert allowed is not None and len(allowed) >= 2 and allowed[-1] == trace.base_widths[group]
+        costs = [cost.cost({**trace.base_widths, group: w}) for w in allowed]
+        assert costs == sorted(costs) and len(set(costs)) == len(costs)
+
+
 def test_a_table_without_the_unpruned_net_is_refused(trace: NetworkTrace) -> None:
     table = full_table(trace)
     lacking = replace(table, entries=tuple(e for e in table.entries if e.key.op != "linear"))

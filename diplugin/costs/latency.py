@@ -145,9 +145,17 @@ class LatencyCost(SeparableCost):
         """The plain sum of entries, before calibration."""
         return sum(self._entry_ms(layer, widths) for layer in self._layers)
 
+    @cached_property
+    def _rounded(self) -> frozenset[LayerSides]:
+        """Layers that the table's grid does not hit: behind a concatenation, or not profiled at their own widths."""
+        own = [(layer, layer.key(self._trace.base_widths) in self.table.by_key) for layer in self._layers]
+        return frozenset(layer for layer, hit in own
+                         if not hit or len(layer.inside.parts) > 1 or len(layer.outside.parts) > 1)  # fmt: skip
+
     def allowed_widths(self, group: str) -> tuple[int, ...] | None:
         """Widths of a group that the search may use: profiled, aligned, and on the lower envelope.
 
+        A layer that was not profiled at its unpruned widths, a table of a wider network being at hand, is rounded up.
         The lower envelope leaves out widths at which the layers touching the group take no less time than at some
         wider one, all other groups unpruned. None: no timed layer touches the group, every width costs the same.
         """
@@ -168,12 +176,11 @@ class LatencyCost(SeparableCost):
         return tuple(reversed(allowed))
 
     def _profiled_ms(self, layers: list[LayerSides], widths: Widths) -> float | None:
-        """The layers' time if every one of them was profiled, exactly or, behind a concatenation, rounded up."""
+        """The layers' time if every one of them was profiled, exactly or, where the grid is not theirs, rounded up."""
         total = 0.0
         for layer in layers:
             key = layer.key(widths)
-            exact = len(layer.inside.parts) <= 1 and len(layer.outside.parts) <= 1
-            found = (key if key in self.table.by_key else None) if exact else self.table.resolve(key)
+            found = self.table.resolve(key) if key in self.table.by_key or layer in self._rounded else None
             if found is None:
                 return None
             total += self.table.by_key[found].latency_ms
