@@ -133,6 +133,11 @@ class Remote:
         there = self.path(name)
         return self.call(f"test -f {there} && cat {there} || true")
 
+    def remove(self, name: str) -> None:
+        """Take a journal away, and its lock."""
+        there = self.path(name)
+        self.call(f"rm -f {there} {there}.lock")
+
 
 class ConnectionLost(DeviceError):
     """The connection broke; what runs on the device goes on, and the same command takes it up again."""
@@ -166,7 +171,7 @@ def run_bundle_there(remote: Remote, bundle: Path, journal: Path, progress: IO[s
     """
     plan = load_bundle(bundle).plan
     _check_here(plan, journal)
-    program, rows = (f"{path.stem}-{plan['sha256'][:12]}{end}" for path, end in ((bundle, ".pyz"), (journal, ".jsonl")))
+    program, rows = _name_there(bundle, plan, ".pyz"), _name_there(journal, plan, ".jsonl")
     for attempt in range(RETRIES + 1):
         try:
             remote.send(bundle, program)
@@ -184,6 +189,11 @@ def run_bundle_there(remote: Remote, bundle: Path, journal: Path, progress: IO[s
             _bring_back(remote, rows, plan, journal, quiet=True)
             raise
     return _bring_back(remote, rows, plan, journal)
+
+
+def _name_there(path: Path, plan: Mapping[str, Any], ending: str) -> str:
+    """What a plan's bundle or journal is called on a device."""
+    return f"{path.stem}-{plan['sha256'][:12]}{ending}"
 
 
 def _check_here(plan: Mapping[str, Any], journal: Path) -> None:
@@ -219,6 +229,8 @@ def _bring_back(remote: Remote, name: str, plan: Mapping[str, Any], journal: Pat
 def measure_there(remote: Remote, path: str | Path, *, threads: int = 1, dtype: str = "float32") -> OnnxTiming:
     """Time a finished ONNX file on a device, by the profiler's protocol; with "int8" its 8-bit form.
 
+    The journal there is taken away once it is here: the next call times again.
+
     Raises:
         ModelError: the file does not load.
         DeviceError: the device cannot be reached, or lacks something.
@@ -227,4 +239,5 @@ def measure_there(remote: Remote, path: str | Path, *, threads: int = 1, dtype: 
     with tempfile.TemporaryDirectory() as folder:
         bundle, journal = plan.save(Path(folder) / "measure.pyz"), Path(folder) / "measure.jsonl"
         run_bundle_there(remote, bundle, journal)
+        remote.remove(_name_there(journal, plan.plan, ".jsonl"))
         return onnx_timing(plan, device.read_journal(str(journal))[1])
