@@ -199,11 +199,13 @@ class DIImportance(tp.importance.Importance):
     def __call__(self, group: Any) -> Tensor | None:
         """Importance [len(group[0].idxs)] of the group's channels; None for a group to be left alone.
 
+        float64, as spared channels lie so high that float32 does not tell them apart; float32 on devices without it.
+
         Raises:
             NotFittedError: not fitted, fitted on another model, or none of the group's layers ran.
         """
-        scores = self.explain(group).scores
-        return None if scores is None else scores.float().to(device_of_group(group))
+        scores, device = self.explain(group).scores, device_of_group(group)
+        return None if scores is None else scores.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
     def explain(self, group: Any) -> Explanation:
         """What the importance of a group is made of."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from diplugin_torch_pruning import PLAIN, DIImportance
 from small_residual import PaddedShortcut, X, data, group_of, make, pruner_of
+from torch import nn
 
 import diplugin
 from diplugin.discriminant import channel_scores
@@ -25,7 +26,7 @@ def test_scores_are_those_of_the_tensor_that_the_next_layer_reads():
     with torch.no_grad():
         model.eval()
         seen = F.relu(model.bn1(model.conv1(F.relu(model.bn(model.stem(x))))))
-    torch.testing.assert_close(importance(group_of(model, "conv1")), channel_scores(seen, y).float())
+    torch.testing.assert_close(importance(group_of(model, "conv1")).float(), channel_scores(seen, y).float())
 
 
 def test_a_ranking_hears_how_large_the_filters_are_when_it_is_asked():
@@ -63,7 +64,7 @@ def test_residual_group_puts_its_readers_together_as_the_tap_says():
         importance = DIImportance(tap=tap, **PLAIN).fit(model, [data()])
         scores[type(combine).__name__] = importance(group)
     points = {p.layer: s.scores for p, s in importance.fitted.points.items() if p.side == "in"}
-    stack = torch.stack([points["conv1"], points["conv3"], points["short"]]).float()
+    stack = torch.stack([points["conv1"], points["conv3"], points["short"]]).double()
     torch.testing.assert_close(scores["Mean"], stack.mean(0))
     torch.testing.assert_close(scores["Largest"], stack.amax(0))
     torch.testing.assert_close(scores["NoneType"], stack.sum(0))
@@ -109,6 +110,15 @@ def test_every_pruner_takes_it_also_while_training(kind):
         pruner.step()
     assert model.conv1.out_channels == 6
     assert model(x).shape == (60, 3)
+
+
+def test_what_the_floor_spares_keeps_its_order():
+    """A cut beyond the floor, by a ratio of 95 % say, takes the least of it."""
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Conv2d(3, 512, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512 * 36, 3)), data()
+    group = group_of(model, "0")
+    spared, plain = (DIImportance(floor=floor).fit(model, [batch])(group) for floor in (0.5, 0.0))
+    assert torch.equal(spared.argsort(stable=True), plain.argsort(stable=True))
 
 
 def test_options_of_the_pruner_hold():
