@@ -54,3 +54,8 @@ def test_one_layer_and_unusable_arguments(model: str, tmp_path: Path, capsys: py
     args = arguments(model, "--json", str(tmp_path / "missing" / "v.json"))
     with pytest.raises(UserError, match="missing"):
         args.run(args)
+    (tmp_path / "folder.png").mkdir()
+    for option in ("--json", "--plot"):
+        args = arguments(model, option, str(tmp_path / "folder.png"))
+        with pytest.raises(UserError, match=r"folder\.png"):
+            args.run(args)

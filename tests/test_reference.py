@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from diplugin.discriminant import channel_scores
 from diplugin.errors import DataError, ModelError
 from diplugin.groups import trace_groups
 from diplugin.reference import (
@@ -122,7 +123,18 @@ def test_accuracy_prefers_informative_channels() -> None:
         lda_accuracy(features, torch.zeros(200).long(), lambda x, y: torch.arange(10.0), [3])
 
 
+@pytest.mark.parametrize("ids", [[0] * 19 + [1], [*range(11), 0], [*range(9), 0]])
+def test_classes_of_too_few_images_are_named(ids: list[int]) -> None:
+    features = torch.randn(len(ids), 6, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(DataError, match="classes of several images each, got a fold of"):
+        lda_accuracy(features, torch.tensor(ids), lambda x, y: channel_scores(x, y), [3])
+    with pytest.raises(DataError):
+        validate_layer("layer", features, torch.tensor(ids))
+
+
 def test_unusable_features_are_named() -> None:
+    with pytest.raises(DataError, match="more images than classes, got 12 and 12"):
+        check_identities(torch.randn(12, 3), torch.arange(12))
     with pytest.raises(DataError, match="class ids"):
         check_identities(torch.randn(20, 3), torch.randn(20, 2))
     with pytest.raises(DataError, match="do not vary"):

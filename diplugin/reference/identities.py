@@ -96,7 +96,7 @@ def check_identities(features: Tensor, labels: Tensor, rho: float = 10.0) -> tup
         labels: class ids [N].
 
     Raises:
-        DataError: labels that are not class ids, or features without variance.
+        DataError: labels that are not class ids, no more images than classes, or features without variance.
 
     >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
     >>> max(i.relative_difference for i in check_identities(x, torch.arange(60) % 3)) < 1e-9
@@ -104,11 +104,13 @@ def check_identities(features: Tensor, labels: Tensor, rho: float = 10.0) -> tup
     """
     if labels.ndim != 1:
         raise DataError(f"linear discriminant analysis needs class ids [N], got labels of shape {list(labels.shape)}")
+    classes = len(torch.unique(labels))
+    if classes >= len(labels):
+        raise DataError(f"linear discriminant analysis needs more images than classes, got {len(labels)} and {classes}")
     pooled = pool(features)
     ridge, whole = absolute_ridge(pooled, rho), absolute_ridge(features, rho)
     if ridge == 0:
         raise DataError("the features do not vary over the images: choose another layer or other images")
-    classes = len(torch.unique(labels))
     balanced = float(discriminant_information(pooled, labels, ridge=ridge, class_weight="balanced"))
     plain = float(discriminant_information(pooled, labels, ridge=ridge))
     maps = float(discriminant_information(features, labels, ridge=whole))

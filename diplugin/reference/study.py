@@ -111,7 +111,8 @@ def lda_accuracy(
         ranking: called on the training part of every fold.
 
     Raises:
-        DataError: fewer than two images a fold, or one class.
+        DataError: fewer than two images a fold, one class, or classes of so few images that a fold has one class or
+            as many as images.
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.model_selection import KFold, StratifiedKFold
@@ -123,6 +124,10 @@ def lda_accuracy(
     splitter = (StratifiedKFold if even else KFold)(folds, shuffle=True, random_state=seed)
     correct = np.zeros(len(counts))
     for train, held in splitter.split(x, ids):
+        classes = len(np.unique(ids[train]))
+        if not 1 < classes < len(train):
+            raise DataError(f"cross-validation needs classes of several images each, got a fold of {len(train)} images "
+                            f"and {classes} classes: take more images")  # fmt: skip
         order = ranking(features[train], labels[train]).argsort(descending=True, stable=True).numpy()
         for place, count in enumerate(counts):
             kept = order[:count]
