@@ -68,7 +68,11 @@ class PresentClasses:
         present = torch.zeros(len(targets), self.num_classes)
         for row, target in zip(present, targets, strict=True):
             try:
-                row[target[self.key].long()] = 1.0
+                ids = target[self.key].long()
+                if ids.numel() and int(ids.min()) < 0:  # would count from the last class
+                    raise DataError(f"expected class ids from 0 to {self.num_classes - 1} under {self.key!r}, got "
+                                    f"{int(ids.min())}: drop those boxes")  # fmt: skip
+                row[ids] = 1.0
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 raise DataError(f"expected targets with class ids below {self.num_classes} under {self.key!r}, got "
                                 f"{type(error).__name__}: {error}") from error  # fmt: skip
@@ -92,13 +96,13 @@ class TeacherOutputs:
     def __call__(self, batch: Any) -> Tensor:
         with evaluating(self.teacher), torch.no_grad():
             output = self.forward(self.teacher, to_device(batch, device_of(self.teacher)))
-        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.ndim]
         if not tensors:
-            raise DataError(f"expected a teacher that returns tensors, got {type(output).__name__}")
+            raise DataError(f"expected a teacher that returns tensors of one row an image, got {type(output).__name__}")
         return torch.cat([self._rows(t) for t in tensors], 1).cpu()
 
     def _rows(self, output: Tensor) -> Tensor:
-        rows = output.flatten(1)
+        rows = output.reshape(len(output), -1)
         return rows if rows.shape[1] <= self.limit or output.ndim < 3 else output.flatten(2).mean(2)
 
 

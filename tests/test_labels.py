@@ -49,6 +49,8 @@ def test_present_classes() -> None:
         PresentClasses(2)((None, targets))
     with pytest.raises(DataError, match="'labels'"):
         PresentClasses(2)((None, [{}]))
+    with pytest.raises(DataError, match=r"from 0 to 3 .* got -1"):
+        PresentClasses(4)((None, [{"labels": torch.tensor([2, -1])}]))
 
 
 def test_detection_batches_are_taken_as_they_come() -> None:
@@ -78,6 +80,15 @@ def test_large_teacher_outputs_are_pooled() -> None:
     assert TeacherOutputs(nn.Identity(), two)(torch.zeros(5, 1)).shape == (5, 10)
     with pytest.raises(DataError, match="returns tensors"):
         TeacherOutputs(nn.Identity(), lambda *_: "no")(torch.zeros(5, 1))
+
+
+def test_teachers_of_one_value_an_image_and_a_loss() -> None:
+    def two(model: nn.Module, batch: Tensor) -> tuple[Tensor, ...]:
+        return torch.tensor(0.7), torch.arange(5.0)
+
+    assert TeacherOutputs(nn.Identity(), two)(torch.zeros(5, 1)).tolist() == [[0], [1], [2], [3], [4]]
+    with pytest.raises(DataError, match="returns tensors"):
+        TeacherOutputs(nn.Identity(), lambda *_: torch.tensor(0.7))(torch.zeros(5, 1))
 
 
 def test_picked_calls_by_keyword() -> None:
