@@ -55,12 +55,14 @@ class GuardedLoader:
     """The same batches, if need be varied on the way out; what reading or varying them raises becomes a DataError.
 
     Args:
-        loader: batches; its length, where it has one, is this one's.
+        loader: batches; its length and its samplers, where it has them, are this one's.
         augment: varies the images [N, ...] of a batch (images, ...).
     """
 
     def __init__(self, loader: Iterable[Any], augment: Callable[[Tensor], Tensor] | None = None) -> None:
         self._loader, self._augment = loader, augment
+        self.sampler = getattr(loader, "sampler", None)
+        self.batch_sampler = getattr(loader, "batch_sampler", None)
 
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]

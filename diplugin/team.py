@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data.distributed import DistributedSampler
 
 from .errors import DataError, DeviceError, ProcessError, first_line
 
@@ -201,9 +200,12 @@ def current_team(loader: Iterable[Any] = ()) -> Team:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return Team()
-    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
-        raise DataError("expected the same loader in every process, got one with a DistributedSampler: chunks are "
-                        "shared out by diplugin itself")  # fmt: skip
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for sampler in (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        # torch's name for how many share the data, and accelerate's.
+        if max(getattr(sampler, "num_replicas", 1), getattr(sampler, "num_processes", 1)) > 1:
+            raise DataError(f"expected the same loader in every process, got one with a {type(sampler).__name__} of "
+                            "this one's share: batches are shared out by diplugin itself")  # fmt: skip
     return Team(dist.get_rank(), dist.get_world_size())
 
 

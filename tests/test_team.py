@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, SequentialSampler, TensorDataset
 
+from diplugin.boundary import GuardedLoader
 from diplugin.errors import DataError
 from diplugin.plan import PruningPlan
 from diplugin.team import Team, current_team, one_voice, process_group
@@ -139,6 +143,29 @@ def test_one_process_exchanges_nothing() -> None:
     assert current_team() == team
     with process_group() as found, one_voice() as voice:
         assert found == voice == team
+
+
+def of_one_process(images: Dataset[Any], how: str) -> Iterable[Any]:
+    """A loader of what is the first one's share of two."""
+    share = DistributedSampler(images, num_replicas=2, rank=0)
+    if how == "sampler":
+        return DataLoader(images, sampler=share)
+    batches: Any = BatchSampler(share, 4, False)
+    if how == "prepared":  # as accelerate does: every batch, of which this process takes each second one
+        batches = BatchSampler(SequentialSampler(range(8)), 4, False)
+        batches.num_processes = 2
+    loader = DataLoader(images, batch_sampler=batches)
+    return GuardedLoader(loader) if how == "guarded" else loader
+
+
+@pytest.mark.parametrize("how", ["sampler", "batches", "prepared", "guarded"])
+def test_a_loader_of_a_share_is_refused_where_there_are_others(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Each would be dealt a share of its share, and take it for its part of what all have."""
+    images = TensorDataset(torch.zeros(8, 1))
+    assert current_team(of_one_process(images, how)) == Team(), "alone: as the loader says"
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(DataError, match=r"the same loader in every process, got one with a .*Sampler"):
+        current_team(of_one_process(images, how))
 
 
 def test_rows_are_dealt_evenly_and_completely() -> None:
