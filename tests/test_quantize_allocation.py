@@ -11,6 +11,7 @@ from diplugin.errors import InfeasibleBudget, PlanError
 from diplugin.quantize import read_bits
 from diplugin.quantize.allocation import BitAllocation, Choice, Limit, least_damage
 from diplugin.quantize.costs import BitOperations, FileSize, LayerShape
+from diplugin.quantize.layouts import JoinedWeights
 
 WIDTHS = (0, 2, 4, 8)
 SHAPES = {"a": LayerShape(3, 4, 100.0), "b": LayerShape(2, 6, 30.0)}
@@ -53,6 +54,26 @@ def test_search_against_every_allocation(seed, cost):
         gaps.append(damage(tables, found) - best)
         assert gaps[-1] <= max(t.max() for t in tables.values()) * 0.15 + 1e-12
     assert min(gaps) <= 1e-12
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-16, 1e14, 1e30])
+def test_the_unit_of_damages_does_not_matter(unit):
+    cost, tables = BitOperations(SHAPES), falling_tables(3)
+    for share in (0.4, 0.7, 1.0):
+        limits = [Limit(cost, share * (100.0 * 3 * 8 * 8 + 30.0 * 2 * 8 * 8))]
+        expected = least_damage(tables, CHOICE, limits)
+        found = least_damage({name: unit * table for name, table in tables.items()}, CHOICE, limits)
+        assert damage(tables, found) == pytest.approx(damage(tables, expected))
+
+
+def test_no_budget_is_refused_that_some_bits_meet():
+    """Nodes of a width cost bytes: the smallest file has few bits in one layer, and few widths in the other."""
+    shapes = {"a": LayerShape(3, 400, 1.0), "b": LayerShape(2, 1, 1.0)}
+    size = FileSize(shapes, JoinedWeights().overhead)
+    smallest = min(size.total(bits) for bits in every_allocation())
+    assert size.total(least_damage(falling_tables(0), CHOICE, [Limit(size, smallest)])) == smallest
+    with pytest.raises(InfeasibleBudget):
+        least_damage(falling_tables(0), CHOICE, [Limit(size, 0.999 * smallest)])
 
 
 def test_everything_fits_a_generous_budget():
@@ -108,7 +129,8 @@ def test_json_round_trip(tmp_path):
 @pytest.mark.parametrize(
     "data", [None, [], {}, {"version": 2, "bits": {}}, {"version": 1, "bits": {"a": [3]}},
              {"version": 1, "bits": {"a": []}}, {"version": 1, "bits": {"a": ["x"]}}, {"version": 1, "bits": [1]},
-             {"version": 1, "bits": {}}, {"version": 1, "bits": {"a": [float("inf")]}}]
+             {"version": 1, "bits": {}}, {"version": 1, "bits": {"a": [float("inf")]}},
+             {"version": 1, "bits": {"a": [4.9]}}, {"version": 1, "bits": {"a": "84"}}]
 )  # fmt: skip
 def test_damaged_json_is_refused(data):
     with pytest.raises(PlanError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class BitAllocation:
         try:
             if data["version"] != 1:
                 raise PlanError(f"expected version 1 of a bit allocation, got {data['version']!r}")
-            return cls({str(k): tuple(int(b) for b in v) for k, v in data["bits"].items()})
+            return cls({str(k): tuple(map(operator.index, v)) for k, v in data["bits"].items()})
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlanError(f"expected a bit allocation with 'version' and 'bits', got {data!r:.80}") from error
 
@@ -146,7 +147,8 @@ def least_damage(damage: Mapping[str, np.ndarray], choice: Choice, limits: Seque
             picked[layer] = _consolidated(layer, np.array(widths)[index], choice, limits)
         return picked
 
-    low, high = -40.0, 40.0
+    around = _magnitude(tables)
+    low, high = around - 40.0, around + 40.0
     best = at(2.0**low)
     if all(limit.holds(best) for limit in limits):
         return best
@@ -168,7 +170,11 @@ def cheapest(choice: Choice, limits: Sequence[Limit]) -> dict[str, np.ndarray]:
         InfeasibleBudget: there are none.
     """
     above_zero = {layer: next((b for b in widths if b), 0) for layer, widths in choice.widths.items()}
-    candidates = [choice.lowest(), {layer: np.full(choice.channels[layer], b) for layer, b in above_zero.items()}]
+    candidates = [
+        choice.lowest(),
+        {layer: np.full(choice.channels[layer], b) for layer, b in above_zero.items()},
+        {layer: _smallest(layer, choice, limits) for layer in choice.widths},
+    ]
     for bits in candidates:
         if all(limit.holds(bits) for limit in limits):
             return bits
@@ -180,6 +186,18 @@ def cheapest(choice: Choice, limits: Sequence[Limit]) -> dict[str, np.ndarray]:
         f"expected {limit.cost.name} of at most {limit.most:.4g}, the smallest reachable is {reached:.4g} with every "
         f"channel at its lowest width; raise the budget or prune first"
     )
+
+
+def _smallest(layer: str, choice: Choice, limits: Sequence[Limit]) -> np.ndarray:
+    """The layer's cheapest bits; in a small one the nodes of a width outweigh its channels."""
+    options = [choice.lowest()[layer], *(np.full(choice.channels[layer], b) for b in choice.widths[layer] if b)]
+    return min(options, key=lambda bits: sum(limit.cost.layer(layer, bits) / limit.most for limit in limits))
+
+
+def _magnitude(tables: Mapping[str, np.ndarray]) -> float:
+    """log₂ of the largest damage, in whole twenties: prices are looked for in damages' own unit, whatever it is."""
+    largest = max(float(table.max(initial=0.0)) for table in tables.values())
+    return 20.0 * int(np.log2(largest) / 20) if largest > 0 else 0.0
 
 
 def _falling(damage: np.ndarray) -> np.ndarray:
