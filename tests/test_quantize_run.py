@@ -372,3 +372,42 @@ def test_hooks_of_others_are_exported(make_images, tmp_path):
     quantizer = Quantizer(model, loader, (loader[0][0][:1],), Bits(ends=FREE_ENDS, images=80))
     result = quantizer.at(quantizer.uniform(4))
     assert export_quantized(result, tmp_path / "q.onnx", (loader[0][0],)).relative_difference <= 1e-3
+
+
+class Odd(nn.Module):
+    """Layers that the file cannot hold as they are, beside two that it can."""
+
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return nn.functional.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+    class Normed(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    def __init__(self):
+        super().__init__()
+        self.standardised, self.merged, self.norm = self.Standardised(3, 8, 3), nn.Conv2d(8, 8, 3), self.Normed(8)
+        self.unused, self.left, self.right = nn.Conv2d(8, 2, 1), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.right.load_state_dict(self.left.state_dict())
+        self.tied, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.tied.weight = self.left.weight
+
+    def forward(self, x):
+        x = self.norm(self.merged(self.standardised(x)))
+        self.unused(x)
+        x = x.mean((2, 3))
+        return self.head((self.left(x) + self.right(x)).relu() + self.tied(x.flip(1) ** 2))
+
+
+def test_what_the_file_cannot_hold_stays_in_float(make_images, tmp_path):
+    torch.manual_seed(0)
+    model, loader = Odd().eval(), make_images(80).loader(80)
+    x = loader[0][0]
+    quantizer = Quantizer(model, loader, (x[:1],), Bits(ends=FREE_ENDS, images=80))
+    for name in ("standardised", "merged", "unused"):
+        assert name in quantizer.kept_float
+    assert {"left", "tied", "head"} <= set(quantizer.uniform(8))
+    result = quantizer.at(quantizer.uniform(8))
+    assert (result.model(x) - model(x)).norm() < 0.05 * model(x).norm()
+    assert export_quantized(result, tmp_path / "q.onnx", (x,)).relative_difference <= 1e-3

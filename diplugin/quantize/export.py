@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,18 @@ def export_model(
         ModelError: the model cannot be exported, or ONNX Runtime gives other outputs.
         UserError: the path cannot be written.
     """
+    return write_model(float_graph(model, example_inputs), model, path, example_inputs, layout or JoinedWeights())
+
+
+def float_graph(model: nn.Module, example_inputs: tuple[Any, ...]) -> Any:
+    """The ONNX graph of a fake-quantized model as it is before its weights are stored as integers.
+
+    Raises:
+        ModelError: the model cannot be exported.
+    """
     import onnx
 
-    layers = stored_layers(model)
-    opset = INT2_OPSET if any((layer.bits == 2).any() for layer in layers) else INT4_OPSET
+    opset = _opset(stored_layers(model))
     if opset > onnx.defs.onnx_opset_version():
         raise ModelError(
             f"expected an onnx package that knows opset {opset}, as 2-bit weights need it; update onnx and "
@@ -89,8 +98,21 @@ def export_model(
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "float.onnx"
         export_onnx(float_twin(model), example_inputs, plain, opset=opset)
-        proto = onnx.load(plain)
-    rewrite(proto, layers, layout or JoinedWeights())
+        return onnx.load(plain)
+
+
+def _opset(layers: Sequence[StoredLayer]) -> int:
+    return INT2_OPSET if any((layer.bits == 2).any() for layer in layers) else INT4_OPSET
+
+
+def write_model(
+    proto: Any, model: nn.Module, path: str | Path, example_inputs: tuple[Any, ...], layout: Layout
+) -> QuantizedExport:
+    """Store the integers of a model in its `float_graph`, and write that; otherwise as `export_model`."""
+    import onnx
+
+    layers = stored_layers(model)
+    rewrite(proto, layers, layout)
     for field in ("producer_name", "producer_version", "domain", "doc_string"):
         proto.ClearField(field)
     proto.ir_version = onnx.helper.find_min_ir_version_for(list(proto.opset_import))
@@ -98,7 +120,7 @@ def export_model(
     difference = _difference(model, content, example_inputs)
     onnx.checker.check_model(proto, full_check=True)
     write_onnx(Path(path), content)
-    return QuantizedExport(Path(path), len(content) / 1e6, difference, opset)
+    return QuantizedExport(Path(path), len(content) / 1e6, difference, _opset(layers))
 
 
 def _difference(model: nn.Module, content: bytes, inputs: tuple[Any, ...]) -> float:

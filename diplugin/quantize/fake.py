@@ -82,9 +82,7 @@ class InputOnGrid(nn.Module):
         return f"scale={self.grid.scale}, zero_point={self.grid.zero_point}"
 
 
-def _quantize_input(
-    layer: Any, args: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _quantize_input(layer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
         return (layer.input_on_grid(args[0]), *args[1:]), named
     return args, {name: layer.input_on_grid(x) for name, x in named.items()}
@@ -94,6 +92,7 @@ def put_on_grid(layer: Any, weight: WeightGrid, inputs: ActivationGrid) -> None:
     """Make a conv or linear layer a fake-quantized one, in place; a layer without a bias gets one (of zeros)."""
     if layer.bias is None:
         layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0]))
+    layer.weight = nn.Parameter(layer.weight.detach().clone())  # its own: others may share it, on grids of theirs
     parametrize.register_parametrization(layer, "weight", WeightOnGrid(weight))
     parametrize.register_parametrization(layer, "bias", BiasOnGrid(inputs.scale * weight.scale.abs()))
     layer.add_module("input_on_grid", InputOnGrid(inputs))

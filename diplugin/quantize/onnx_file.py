@@ -37,32 +37,47 @@ def rewrite(proto: Any, layers: Sequence[StoredLayer], layout: Layout) -> Any:
     Raises:
         ModelError: a layer's weight is not in the graph as the operand of a convolution or matrix product.
     """
-    import onnx
-
+    absent = absent_layers(proto, layers)
+    if absent:
+        raise ModelError(f"expected every quantized layer in the exported graph, {', '.join(absent)} cannot be found")
     graph = proto.graph
-    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    arrays = _arrays(graph)
     owners = _owners(arrays, layers)
     build = GraphBuilder()
     inputs: dict[tuple[str, ActivationGrid], str] = {}
-    found: set[str] = set()
     for node in graph.node:
-        owner = owners.get(node.input[1]) if node.op_type in _READERS and len(node.input) > 1 else None
+        owner = owners.get(_weight_of(node))
         if owner is None:
             build.nodes.append(node)
             continue
         layer, transposed = owner
-        found.add(layer.name)
         key = (node.input[0], layer.activation)
         if key not in inputs:
             inputs[key] = _on_grid(build, *key)
         bias = arrays[node.input[2]] if len(node.input) > 2 else None
         layout.write(build, layer, Operand(node, inputs[key], transposed, bias))
-    missing = [layer.name for layer in layers if layer.name not in found]
-    if missing:
-        raise ModelError(f"expected every quantized layer in the exported graph, {', '.join(missing)} cannot be found")
     _replace(graph, build)
     _slim(graph, {layer.name for layer in layers})
     return proto
+
+
+def absent_layers(proto: Any, layers: Sequence[StoredLayer]) -> list[str]:
+    """Names of layers whose weight no convolution or matrix product of the graph reads: it may be computed with first,
+    have been merged with what follows, be another layer's as well, or matter to no output."""
+    owners = _owners(_arrays(proto.graph), layers)
+    found = {owners[name][0].name for name in map(_weight_of, proto.graph.node) if name in owners}
+    return [layer.name for layer in layers if layer.name not in found]
+
+
+def _arrays(graph: Any) -> dict[str, np.ndarray]:
+    from onnx import numpy_helper
+
+    return {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+
+
+def _weight_of(node: Any) -> str:
+    """The name of what a node takes as its weight; "" if it takes none."""
+    return node.input[1] if node.op_type in _READERS and len(node.input) > 1 else ""
 
 
 def _owners(arrays: Mapping[str, np.ndarray], layers: Sequence[StoredLayer]) -> dict[str, tuple[StoredLayer, bool]]:

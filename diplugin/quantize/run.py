@@ -20,11 +20,12 @@ from ..features import Forward, GetLabels, device_of, forward_inputs, labels_of
 from ..recovery import train
 from .allocation import BitAllocation, Choice, Limit
 from .costs import BitOperations, FileSize, LayerShape
-from .export import QuantizedExport, export_model
+from .export import QuantizedExport, export_model, float_graph, stored_layers, write_model
 from .fake import QUANTIZABLE, put_on_grid
 from .folding import fold_batchnorm
 from .grid import ActivationGrid, WeightGrid, fit_activation_grid, with_room
 from .observe import LayerStatistics, observe
+from .onnx_file import absent_layers
 from .settings import Bits
 from .strategies import BitStrategy, Task
 
@@ -132,17 +133,13 @@ class Quantizer:
         seen = observe(folded, loader, images=bits.images, rho=bits.rho, get_labels=get_labels, forward=forward,
                        seed=bits.seed)  # fmt: skip
         self.kept_float = _kept_float(folded, seen)
-        self._statistics = {name: s for name, s in seen.items() if name not in self.kept_float}
-        if not self._statistics:
-            raise ModelError("expected a convolution or linear layer that can be quantized, the model runs none")
-        self.task = Task(folded.cpu(), self._statistics, self._choice(folded), (), bits.rounding, bits.scales)
         self._grids: dict[str, ActivationGrid] = {
             name: fit_activation_grid(torch.cat(s.samples), significant_bits=bits.activation_scale_bits)
-            for name, s in self._statistics.items()
-        }
-        self._shapes = {name: self._shape(name) for name in self._statistics}
-        self._operations = BitOperations(self._shapes)
+            for name, s in seen.items() if name not in self.kept_float
+        }  # fmt: skip
+        self._take(folded.cpu(), seen)
         self._size = self._size_model(example_inputs)
+        self._operations = BitOperations(self._shapes)
 
     def spend(self, strategy: BitStrategy, budgets: Sequence[Budget]) -> QuantizedResult:
         """Allocate bits within the budgets and build the model.
@@ -176,13 +173,29 @@ class Quantizer:
         weight = self.task.weight(layer)
         return LayerShape(len(weight), weight.shape[1], self._statistics[layer].macs)
 
+    def _take(self, model: nn.Module, seen: Mapping[str, LayerStatistics]) -> None:
+        """Quantize all that was seen and does not stay in float."""
+        self._statistics = {name: s for name, s in seen.items() if name not in self.kept_float}
+        if not self._statistics:
+            raise ModelError("expected a convolution or linear layer that can be quantized, the model runs none")
+        self.task = Task(model, self._statistics, self._choice(model), (), self.bits.rounding, self.bits.scales)
+        self._shapes = {name: self._shape(name) for name in self._statistics}
+
     def _size_model(self, example_inputs: tuple[Any, ...]) -> FileSize:
         """File size by bits; what does not depend on them is read off a real file with 8 bits everywhere."""
-        size, uniform = FileSize(self._shapes, self.bits.layout.overhead), self.uniform(8)
+        model = self._build(self.uniform(8))
+        graph = float_graph(model, example_inputs)
+        absent = absent_layers(graph, stored_layers(model))
+        if absent:
+            reason = "is no convolution or matrix product of its own in the exported graph"
+            self.kept_float |= {n: f"{type(model.get_submodule(n)).__name__} {reason}" for n in absent}
+            self._take(self.task.model, self._statistics)
+            return self._size_model(example_inputs)
+        size = FileSize(self._shapes, self.bits.layout.overhead)
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "uniform8.onnx"
-            written = export_model(self._build(uniform), path, example_inputs, layout=self.bits.layout)
-        return replace(size, fixed=written.size_mb - size.total(uniform))
+            written = write_model(graph, model, path, example_inputs, self.bits.layout)
+        return replace(size, fixed=written.size_mb - size.total(self.uniform(8)))
 
     def _limit(self, budget: Budget) -> Limit:
         cost = self._size if budget.cost == "size_mb" else self._operations
@@ -201,7 +214,8 @@ class Quantizer:
                 rounded = self.task.rounded(name, width)
                 values[rows], scale[rows] = rounded.values[rows], rounded.grid.scale[rows]
             shift, inputs = self._mean_error(name, exact - values), self._grids[name]
-            scale = with_room(scale, shift if layer.bias is None else layer.bias.detach() + shift, inputs)
+            bias: torch.Tensor | None = layer.bias
+            scale = with_room(scale, shift if bias is None else bias.detach() + shift, inputs)
             put_on_grid(layer, WeightGrid(torch.from_numpy(widths.astype(np.int64)), scale), inputs)
             layer.weight = values.view_as(layer.weight)
             layer.bias = layer.bias.detach() + shift
