@@ -61,6 +61,10 @@ def writing_whole(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say whose
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

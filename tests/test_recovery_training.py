@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from small_disk import files_up_to
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
@@ -155,6 +156,19 @@ def test_a_loader_with_a_generator_of_its_own_is_seeded_as_well(make_images: Any
         train(copy.deepcopy(model), loader, FineTuning(epochs=3), checkpoint=path, on_epoch=kill)
     own.seed()
     assert same(train(copy.deepcopy(model), loader, FineTuning(epochs=3), checkpoint=path), whole)
+
+
+def test_a_checkpoint_that_no_disk_has_room_for_is_one_line_and_the_one_before_stays(
+    make_net: MakeNet, loader: Any, tmp_path: Path
+) -> None:
+    model, _ = make_net("plain")
+    path = tmp_path / "state.safetensors"
+    train(copy.deepcopy(model), loader, FineTuning(epochs=1), checkpoint=path)
+    before = path.read_bytes()
+    with files_up_to(100), pytest.raises(PlanError, match=r"expected a checkpoint .*state\.safetensors") as caught:
+        train(copy.deepcopy(model), loader, FineTuning(epochs=2), checkpoint=path)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def written(change: Callable[[dict[str, Tensor]], Any], epoch: str | None = "1") -> Callable[[Path], Any]:

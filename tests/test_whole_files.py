@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from small_disk import files_up_to
 
 from diplugin.whole_files import check_writable, write_bytes, write_json, write_text, writing_whole
 
@@ -23,6 +24,14 @@ def test_content_and_folders_are_made(tmp_path: Path) -> None:
     write_json(path, {"a": [1, 2.5]})
     assert json.loads(path.read_text()) == {"a": [1, 2.5]}
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_full_disk_leaves_the_old_file_and_is_said_with_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    with files_up_to(10), pytest.raises(OSError, match=r"file\.txt"):
+        write_text(path, "new " * 1000)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
 def test_it_has_the_rights_of_any_other_file(tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import DataError, ModelError, PlanError, UserError, first_line
 from ..features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
 from ..modes import modes_kept
 from ..team import Team, current_team
-from ..whole_files import writing_whole
+from ..whole_files import write_bytes
 from .losses import output_kind
 from .settings import FineTuning
 from .shared_step import SharedStep
@@ -69,7 +69,7 @@ def train(
     Raises:
         DataError: no batches that can be trained on, or a loss or a network that is no longer finite.
         ModelError: no parameter to train.
-        PlanError: a checkpoint that is broken, or of another network or a longer training.
+        PlanError: a checkpoint that is broken, or of another network or a longer training, or cannot be written.
         UserError: no teacher where one is needed.
     """
     check_trainable(model)
@@ -222,8 +222,10 @@ def _save_state(path: Path | None, model: nn.Module, optimizer: torch.optim.Opti
         momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
         if momentum is not None:
             state[f"momentum.{i}"] = momentum.detach().cpu().contiguous().clone()
-    with writing_whole(path) as partial:
-        save_file(state, partial, metadata={"epoch": str(epoch)})
+    try:
+        write_bytes(path, save(state, metadata={"epoch": str(epoch)}))
+    except OSError as error:
+        raise PlanError(f"expected a checkpoint that can be written at {path}, got {first_line(error)}") from error
 
 
 def _load_state(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> int:
