@@ -11,17 +11,18 @@ import copy
 import json
 import warnings
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from diplugin.dependency import dependency_graph
+from diplugin.dependency import dependency_graph, frozen_kept
 from diplugin.errors import PlanError, first_line
 from diplugin.features import device_of
 from diplugin.groups import ChannelGroup, Side, trace_groups
-from diplugin.network import TensorSpec
+from diplugin.network import TensorSpec, specs_of
 from diplugin.plan import PruningPlan
 from diplugin.surgery import WEIGHTS_FILE, load_weights, read_weights, save_weights
 from diplugin.whole_files import write_text
@@ -44,14 +45,15 @@ def save_history(model: nn.Module, pruner: Any, folder: str | Path, example_inpu
 
     Args:
         pruner: the torch-pruning pruner, or dependency graph, that pruned the model.
-        example_inputs: what it was traced with; a fresh model is traced with inputs of the same form.
+        example_inputs: what it was traced with, a tuple such as (x,); a fresh model is traced with its like.
 
     Raises:
+        ModelError: not a tuple of tensors.
         PlanError: the folder cannot be written.
     """
     data = {
         "schema": SCHEMA,
-        "inputs": [{"shape": list(x.shape), "dtype": TensorSpec.of(x).dtype} for x in example_inputs],
+        "inputs": [asdict(spec) for spec in specs_of(example_inputs)],
         "history": history_of(pruner),
     }
     folder = Path(folder)
@@ -92,7 +94,7 @@ def load_history(fresh_model: nn.Module, folder: str | Path) -> nn.Module:
 def _repeat(model: nn.Module, history: History, inputs: tuple[torch.Tensor, ...], where: str) -> None:
     """Remove, in place, what a history says, one step after another."""
     graph, layers = dependency_graph(model, tuple(x.to(device_of(model)) for x in inputs)), dict(model.named_modules())
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), frozen_kept(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, is_out, indices in history:
             try:
@@ -128,8 +130,7 @@ def plan_of(pruner: Any, unpruned: nn.Module, example_inputs: tuple[Any, ...]) -
     prunable = [group for group in groups if group.prunable]
     gone = {group.name: alive.gone.get(group.name, set()) for group in prunable}
     kept = {g.name: tuple(c for c in range(g.channels) if c not in gone[g.name]) for g in prunable}
-    specs = tuple(TensorSpec.of(x) for x in example_inputs)
-    return PruningPlan(kept, {g.name: g.channels for g in prunable}, {}, specs)
+    return PruningPlan(kept, {g.name: g.channels for g in prunable}, {}, specs_of(example_inputs))
 
 
 class _Channels:

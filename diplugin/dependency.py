@@ -38,6 +38,15 @@ def traceable(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
 
 
+@contextmanager
+def frozen_kept(model: nn.Module) -> Iterator[None]:
+    """Parameters that the block replaces, which would all ask for gradients, do so only where the old ones did."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    yield
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in frozen)
+
+
 def dependency_graph(
     model: nn.Module, example_inputs: tuple[Any, ...], forward: Callable[..., Any] | None = None
 ) -> tp.DependencyGraph:

@@ -22,7 +22,7 @@ import torch_pruning as tp
 from torch import nn
 from torch_pruning.ops import OPTYPE
 
-from .dependency import bounded, dependency_graph
+from .dependency import bounded, dependency_graph, frozen_kept
 from .errors import PlanError
 
 Side = Literal["in", "out"]
@@ -231,8 +231,7 @@ def remove_channels(
     """
     graph = dependency_graph(model, example_inputs)
     modules = dict(model.named_modules())
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    with warnings.catch_warnings():
+    with frozen_kept(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, channels in removed.items():
             if not channels:
@@ -246,6 +245,4 @@ def remove_channels(
             if max(channels) >= width or min(channels) < 0 or len(set(channels)) >= width:
                 raise PlanError(f"expected channels of {name!r} below {width} with one left over, got {list(channels)}")
             graph.get_pruning_group(module, pruner.prune_out_channels, sorted(channels)).prune(record_history=False)
-    for name, p in model.named_parameters():  # the new ones all ask for gradients
-        p.requires_grad_(name not in frozen)
     return model

@@ -48,6 +48,20 @@ class TensorSpec:
         return torch.zeros(self.shape, dtype=dtype)
 
 
+def specs_of(example_inputs: tuple[Any, ...]) -> tuple[TensorSpec, ...]:
+    """What a fresh model can be traced with again.
+
+    Raises:
+        ModelError: not a tuple, or list, of tensors.
+    """
+    if not isinstance(example_inputs, (tuple, list)):
+        raise ModelError(f"expected example_inputs as a tuple such as (x,), got {type(example_inputs).__name__}")
+    odd = [type(x).__name__ for x in example_inputs if not isinstance(x, Tensor)]
+    if odd:
+        raise ModelError(f"expected tensors as example inputs, got {odd[0]}; bind it in a wrapping module")
+    return tuple(TensorSpec.of(x) for x in example_inputs)
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """One call of one layer at batch 1.
@@ -145,13 +159,10 @@ def trace_network(model: nn.Module, example_inputs: tuple[Any, ...], *, verify: 
         ModelError: the model does not run, or returns nothing that depends on its weights.
     """
     groups = trace_groups(model, example_inputs)
-    odd = [type(x).__name__ for x in example_inputs if not isinstance(x, Tensor)]
-    if odd:
-        raise ModelError(f"expected tensors as example inputs, got {odd[0]}; bind it in a wrapping module")
+    inputs = specs_of(example_inputs)
     if verify:
         groups = verified(model, example_inputs, groups)
     parameters = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
-    inputs = tuple(TensorSpec.of(x) for x in example_inputs)
     layers = tuple(record_layers(model, example_inputs))
     return NetworkTrace(_in_execution_order(groups, layers), layers, inputs, parameters)
 

@@ -15,7 +15,7 @@ from diplugin_torch_pruning_files import HISTORY_FILE, load_history, plan_of, sa
 from torch import nn
 
 import diplugin
-from diplugin.errors import PlanError, StaleScoresWarning
+from diplugin.errors import ModelError, PlanError, StaleScoresWarning
 from diplugin.surgery import WEIGHTS_FILE, save_pruned
 
 KINDS = ["plain", "residual", "vgg", "depthwise", "dense", "grouped", "transposed", "tokens", "twice"]
@@ -52,6 +52,28 @@ def test_a_fresh_model_takes_the_history(kind: str, make_net, make_images, tmp_p
     save_history(model, pruner, tmp_path, inputs)
     again = load_history(make_net(kind)[0], tmp_path)
     torch.testing.assert_close(again(*inputs), model(*inputs))
+
+
+def test_frozen_layers_come_back_frozen(make_net, make_images, tmp_path) -> None:
+    model, inputs = make_net("plain")
+    save_history(model, pruned(model, inputs, make_images(60)), tmp_path, inputs)
+    fresh, _ = make_net("plain")
+    fresh[0].requires_grad_(False)
+    before = {name: p.requires_grad for name, p in fresh.named_parameters()}
+    load_history(fresh, tmp_path)
+    assert {name: p.requires_grad for name, p in fresh.named_parameters()} == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"), [(lambda x: x, "a tuple such as"), (lambda x: {"x": x}, "a tuple such as"),
+                        (lambda x: (x, 3), "got int")],
+)  # fmt: skip
+def test_inputs_that_no_fresh_model_could_be_traced_with(wrong, text, make_net, make_images, tmp_path) -> None:
+    """A bare tensor was written as its rows: a folder that nothing could be rebuilt from."""
+    model, inputs = make_net("plain")
+    with pytest.raises(ModelError, match=text):
+        save_history(model, pruned(model, inputs, make_images(60)), tmp_path / "run", wrong(inputs[0]))
+    assert not (tmp_path / "run").exists()
 
 
 def test_iterative_pruning_warns_once(make_net, make_images) -> None:
