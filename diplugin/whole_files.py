@@ -62,7 +62,7 @@ def writing_whole(path: str | Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        if error.filename is None:  # a full disk does not say whose
+        if error.filename is None and error.errno is not None:  # a full disk does not say whose
             error.filename = str(path)
         raise
     finally:
