@@ -87,8 +87,12 @@ class GuardedLoader:
     def _varied(self, batch: Any) -> Any:
         if self._augment is None:
             return batch
+        if not isinstance(batch, (tuple, list)):
+            raise DataError(f"expected batches of (images, ...) to augment, got a {type(batch).__name__}; vary them in "
+                            "the data set")  # fmt: skip
         images, *rest = batch
-        return [self._augment(images), *rest]
+        varied = [self._augment(images), *rest]
+        return type(batch)(*varied) if hasattr(batch, "_fields") else varied  # a named tuple keeps its names
 
 
 def _cause(error: Exception) -> str:

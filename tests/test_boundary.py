@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -86,3 +86,15 @@ def test_images_are_varied_on_the_way_out() -> None:
     assert torch.equal(images, 2 * x) and labels is y
     with pytest.raises(DataError, match="ZeroDivisionError"):
         list(GuardedLoader([(x, y)], lambda images: images / (1 // 0)))
+
+
+def test_what_is_varied_is_the_first_of_a_batch_which_keeps_its_form() -> None:
+    class Named(NamedTuple):
+        image: torch.Tensor
+        label: torch.Tensor
+
+    (batch,) = GuardedLoader([Named(torch.ones(2), torch.zeros(2))], lambda images: 2 * images)
+    assert isinstance(batch, Named) and batch.image.tolist() == [2.0, 2.0]
+    for form in ({"image": torch.ones(2)}, torch.ones(2)):
+        with pytest.raises(DataError, match=r"batches of .images, .* to augment, got a .*; vary them in the data set"):
+            list(GuardedLoader([form], lambda images: images))
