@@ -3,7 +3,8 @@
 Models: `package.module:callable` (called without arguments), `torchvision:resnet18`, `timm:resnet18`.
 Data: `digits`, `cifar10:FOLDER` (train.npz and test.npz with x [N,H,W,3] uint8 and y [N]), `fashion-mnist:FOLDER`
 (the four idx.gz files), `imagefolder:FOLDER` (FOLDER/class/image, or FOLDER/train and FOLDER/test of that form), or
-`package.module:callable`, which returns a `DataSource` or a DataLoader of (inputs, labels).
+`package.module:callable`, which returns a `DataSource` or a DataLoader of (inputs, labels). Images of CIFAR-10 and of
+folders are normalised by ImageNet's mean and deviation; who trained by others' gives a callable.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .surgery import load_weights, read_weights
 Augment = Callable[[Tensor], Tensor]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_GRAY = ((0.449,), (0.226,))  # ImageNet's, over its three channels
 _FASHION = ((0.2860,), (0.3530,))
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm"}
 
@@ -65,11 +67,14 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
 
 class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
-    """FOLDER/class/image files, read when asked for and resized to the model's input."""
+    """FOLDER/class/image files, read when asked for and brought to the model's input [C, H, W], gray where C is 1."""
 
-    def __init__(self, folder: Path, size: tuple[int, int], classes: Sequence[str]) -> None:
-        self._size = size
+    def __init__(self, folder: Path, shape: tuple[int, int, int], classes: Sequence[str]) -> None:
+        self._shape = shape
         ids = {name: i for i, name in enumerate(classes)}
+        unknown = [name for name in _class_names(folder) if name not in ids]
+        if unknown:
+            raise DataError(f"expected classes of the training images in {folder}, got {unknown[0]!r}")
         here = [name for name in classes if (folder / name).is_dir()]  # test data may lack a class
         self._files = [(path, ids[path.parent.name]) for name in here for path in sorted((folder / name).iterdir())
                        if path.suffix.lower() in _IMAGE_ENDINGS]  # fmt: skip
@@ -83,14 +88,15 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
         from PIL import Image
 
         path, label = self._files[index]
+        channels, height, width = self._shape
         try:
             with Image.open(path) as file:
-                size = (self._size[1], self._size[0])
-                pixels = np.asarray(file.convert("RGB").resize(size, Image.Resampling.BILINEAR))
+                image = file.convert("L" if channels == 1 else "RGB")
+                pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
             raise DataError(f"expected an image at {path}, got {first_line(error)}") from error
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in _IMAGENET)
-        x = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (_GRAY if channels == 1 else _IMAGENET))
+        x = torch.from_numpy(pixels.copy()).view(height, width, channels).permute(2, 0, 1).float() / 255
         return (x - mean) / std, torch.tensor(label)
 
 
@@ -124,7 +130,8 @@ def load_data(spec: str, *, example_shape: Sequence[int] | None = None, batch_si
     """The data that a specification names.
 
     Args:
-        example_shape: of the model's input; image folders are resized to its last two numbers, other images must fit.
+        example_shape: of the model's input, [N, C, H, W]; images of folders are resized to it, and gray if C is 1;
+            others must fit.
 
     Raises:
         DataError: an unknown name, missing or broken files, no images, or images of another shape.
@@ -153,7 +160,7 @@ def _source(spec: str, example_shape: Sequence[int] | None, batch_size: int) -> 
             return _cifar10(folder, batch_size)
         if kind == "fashion-mnist":
             return _fashion_mnist(folder, batch_size)
-        return _image_folder(folder, tuple(example_shape or (1, 3, 224, 224))[-2:], batch_size)
+        return _image_folder(folder, tuple(example_shape or (1, 3, 224, 224))[1:], batch_size)
     if not place:
         raise DataError(f"expected data as digits, cifar10:DIR, fashion-mnist:DIR, imagefolder:DIR or "
                         f"package.module:callable, got {spec!r}")  # fmt: skip
@@ -284,12 +291,20 @@ def _idx(path: Path) -> np.ndarray:
         raise DataError(f"expected a gzipped idx file at {path}, got {first_line(error)}") from error
 
 
-def _image_folder(folder: Path, size: tuple[int, ...], batch_size: int) -> DataSource:
+def _class_names(folder: Path) -> list[str]:
+    """Folders of a folder; hidden ones, which editors and notebooks leave, are no classes and shift nobody's id."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _image_folder(folder: Path, shape: tuple[int, ...], batch_size: int) -> DataSource:
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise DataError(f"expected a model of inputs [N, C, H, W] with 1 or 3 channels for images, got {[1, *shape]}")
+    shape = (shape[0], shape[1], shape[2])
     root = folder / "train" if (folder / "train").is_dir() else folder
-    classes = sorted(p.name for p in root.iterdir() if p.is_dir())
+    classes = _class_names(root)
     if len(classes) < 2:
         raise DataError(f"expected two class folders or more in {root}, found {len(classes)}")
-    train = ImageFolder(root, (size[0], size[1]), classes)
+    train = ImageFolder(root, shape, classes)
     held = next((folder / name for name in ("test", "val") if root != folder and (folder / name).is_dir()), None)
-    test = None if held is None else _loader(ImageFolder(held, (size[0], size[1]), classes), batch_size)
+    test = None if held is None else _loader(ImageFolder(held, shape, classes), batch_size)
     return DataSource(f"imagefolder:{folder.name}", _loader(train, batch_size), test, flip_and_shift)

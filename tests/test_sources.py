@@ -226,6 +226,29 @@ def test_imagefolder(tmp_path: Path) -> None:
     assert load_data(f"imagefolder:{tmp_path / 'train'}").test is None
 
 
+def test_images_of_folders_are_gray_where_the_model_has_one_channel(tmp_path: Path) -> None:
+    image_folder(tmp_path)
+    gray, labels = first_batch(load_data(f"imagefolder:{tmp_path}", example_shape=(1, 1, 9, 12)))
+    assert gray.shape == (4, 1, 9, 12) and labels.tolist() == [0, 0, 1, 1]
+    # Rec. 601 luma of the colours that `image_folder` paints: (40 i, 10 k, 0).
+    luma = torch.tensor([0.299 * 40 * i + 0.587 * 10 * k for i in range(2) for k in range(2)])
+    assert torch.allclose(gray.mean((1, 2, 3)) * 0.226 + 0.449, luma / 255, atol=1 / 255)
+    for shape in ((1, 4, 9, 12), (1, 12), (1, 3, 9, 12, 2)):
+        with pytest.raises(DataError, match="1 or 3 channels"):
+            load_data(f"imagefolder:{tmp_path}", example_shape=shape)
+
+
+def test_hidden_folders_are_no_classes_and_classes_that_were_not_trained_are_refused(tmp_path: Path) -> None:
+    image_folder(tmp_path / "train", classes=(".ipynb_checkpoints", "cat", "dog"))
+    image_folder(tmp_path / "test")
+    source = load_data(f"imagefolder:{tmp_path}", example_shape=(1, 3, 9, 12))
+    assert source.test is not None
+    assert [y.tolist() for loader in (source.train, source.test) for _, y in loader] == [[0, 0, 1, 1]] * 2
+    (tmp_path / "test" / "emu").mkdir()
+    with pytest.raises(DataError, match="emu"):
+        load_data(f"imagefolder:{tmp_path}", example_shape=(1, 3, 9, 12))
+
+
 def test_imagefolders_that_are_broken(tmp_path: Path) -> None:
     (tmp_path / "one" / "only").mkdir(parents=True)
     with pytest.raises(DataError, match="two class folders"):
