@@ -90,6 +90,8 @@ class DIImportance(tp.importance.Importance):
         floor: fraction of every group's channels that a global threshold spares, of as many as there were at first.
         class_weight: None, or "balanced": every class counts the same.
         chunk_size: images per DI problem; scores of different sizes do not compare.
+        num_heads: the very dict that the pruner is given, of attention layers and their heads, which lose the same
+            dimensions; without it the floor spares channels of single heads, and so nearly every dimension.
         refit: keep model and loader, and score afresh whenever channels have left; the loader must be one that can
             be iterated again.
 
@@ -115,13 +117,14 @@ class DIImportance(tp.importance.Importance):
         floor: float = 0.1,
         class_weight: str | None = None,
         chunk_size: int = CHUNK_SIZE,
+        num_heads: Mapping[nn.Module, int] | None = None,
         refit: bool = False,
     ) -> None:
         self.tap: Tap = AfterActivation() if tap is None else tap
         self.per_cost, self.ranking, self.refit = per_cost, ranking, refit
         if not 0 <= floor <= 1:
             raise UserError(f"expected a floor from 0 to 1, a fraction of the channels, got {floor}")
-        self.floor = floor
+        self.floor, self.num_heads = floor, {} if num_heads is None else num_heads
         self._observation = Observation(
             labels_of if get_labels is None else get_labels, forward_inputs if forward is None else forward,
             check_positive(rho, "rho"), class_weight, chunk_size,
@@ -216,6 +219,9 @@ class DIImportance(tp.importance.Importance):
         if note:
             return Explanation(name, note, None, None, None, None, ())
         found = group_from_torch_pruning(graph, full)
+        heads = max((self.num_heads.get(module, 1) for module in modules_of(full)), default=1)
+        if heads > 1 and found.channels % heads == 0:
+            found = replace(found, blocks=heads)
         norms, converted = norms_of(full, found), self._named(graph, full, found)
         if not self._current(graph, full, converted) and self._again is not None:
             self._fit(*self._again)

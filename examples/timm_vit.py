@@ -53,12 +53,13 @@ def settle(model: nn.Module) -> nn.Module:
 
 def prune(model: Any, example: Tensor, ratio: float) -> Any:
     """Prune a share of every layer's channels in place; returns the pruner."""
-    importance = diplugin.DIImportance().fit(model, images(side=example.shape[-1]))
+    heads = {attention.qkv: attention.num_heads for attention in attentions(model)}
+    importance = diplugin.DIImportance(num_heads=heads).fit(model, images(side=example.shape[-1]))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unwrapped parameters")  # class token and positions follow the stream
         pruner = tp.pruner.BasePruner(
             model, (example,), importance=importance, pruning_ratio=ratio, ignored_layers=[model.head],
-            num_heads={attention.qkv: attention.num_heads for attention in attentions(model)},
+            num_heads=heads,
         )  # fmt: skip
         pruner.step()
     settle(model)

@@ -321,6 +321,20 @@ def test_attention_heads_lose_the_same_dimensions() -> None:
     torch.testing.assert_close(model.v.weight.detach(), weight[torch.cat([kept, kept + 4])])
 
 
+def test_a_floor_under_heads_is_one_of_dimensions_and_leaves_their_order() -> None:
+    kind = Kind(attention, "q", [("proj", -1)], ((6, 5),))
+    model, _, labels = fitted(kind)
+    graph = tp.DependencyGraph().build_dependency(model, inputs_of(kind, 1))
+    group = graph.get_pruning_group(model.proj, tp.prune_linear_in_channels, list(range(8)))
+    heads = {model.q: 2, model.k: 2, model.v: 2}
+    dimensions = {}
+    for floor in (0.0, 0.25):
+        importance = DIImportance(floor=floor, num_heads=heads).fit(model, [(inputs_of(kind), labels)])
+        dimensions[floor] = importance(group).view(2, 4).mean(0)
+    assert torch.equal(dimensions[0.0].argsort(), dimensions[0.25].argsort())
+    assert int((dimensions[0.25] > 1000 * dimensions[0.0].max()).sum()) == 1
+
+
 def test_grouped_query_attention_is_scored_where_its_heads_are_read() -> None:
     kind = Kind(shared_attention, "q", [("proj", -1)], ((6, 5),))
     model, importance, labels = fitted(kind)
