@@ -116,6 +116,16 @@ def test_measure_times_an_onnx_file(net: tuple[str, ...], capsys: pytest.Capture
         cli("measure", "none.onnx")
 
 
+@pytest.mark.parametrize("unstable", [True, False])
+def test_a_time_of_a_throttled_device_is_said_to_be_one(
+    unstable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timing = onnx_timing.OnnxTiming(1.1, 1.1, 1.1, 0.0, 5.0, unstable)
+    monkeypatch.setattr("diplugin.latency.remote.measure_there", lambda *_, **__: timing)
+    assert cli("measure", tmp_path / "net.onnx", "--ssh", "pi@desk") == 0
+    assert ("never came to rest" in capsys.readouterr().out) is unstable
+
+
 def whole_run(folder: Path, **changes: Any) -> Path:
     """A run planned with a table of another device, on which its latency budget is missed by prediction."""
     budget = {"cost": "latency_ms", "asked": 12.0, "predicted": 13.5, "measured": None, "met": False}

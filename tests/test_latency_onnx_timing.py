@@ -45,7 +45,9 @@ def test_files_side_by_side_each_get_their_own_time(tmp_path: Path, monkeypatch:
         runs.append(plan)
         sizes = {job.id: float(len(plan.blob(job.blob))) for job in plan.jobs}
         return SimpleNamespace(
-            rows={k: {"cpu_ms": v, "wall_ms": v, "cv": 0.0, "peak_mb": 1.0} for k, v in sizes.items()}
+            rows={
+                k: {"cpu_ms": v, "wall_ms": v, "cv": 0.0, "peak_mb": 1.0, "unstable": False} for k, v in sizes.items()
+            }
         )
 
     monkeypatch.setattr(onnx_timing, "run_bundle", device)

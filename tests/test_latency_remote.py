@@ -228,8 +228,10 @@ def test_a_finished_file_is_timed_there(tmp_path: Path, stand_in: StandIn, monke
     path.write_bytes(export_bytes(torch.nn.Conv2d(3, 8, 3), (torch.zeros(1, 3, 8, 8),), ["x"]))
     monkeypatch.setattr(remote, "onnx_plan", lambda p, **asked: onnx_timing.onnx_plan(p, **asked, protocol=QUICK))
     there = stand_in("")
+    script(tmp_path / "bin" / "vcgencmd", "echo throttled=0x50005\n")
     timing = measure_there(there, path)
     assert timing.latency_ms > 0 and timing.peak_memory_mb is not None
+    assert timing.unstable, "the Pi said that it was throttled"
     left = [file.suffix for file in Path(there.folder).iterdir()]
     assert left == [".pyz"], "a journal left there would be read again instead of the clock"
 

@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     form = ", in 8 bits as its table" if dtype == "int8" else ""
     print(f"{path}: {timing.latency_ms:.4g} ms ({place}, {threads} thread{'s' if threads != 1 else ''}{form}, "
           f"scatter {timing.cv:.1%}){memory}")  # fmt: skip
+    if timing.unstable:
+        print("note: the device was throttled or never came to rest: measure again once it is cool and quiet")
     if metrics:
         from ..report import write_report
 

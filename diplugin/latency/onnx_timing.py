@@ -25,6 +25,7 @@ class OnnxTiming:
 
     `latency_ms` is the clock that counts (CPU time with one thread, else wall time). `peak_memory_mb` is that of the
     whole process that ran it, interpreter and runtime included, and None where it shared a process with other work.
+    An `unstable` time is one of a device that was throttled, or never came to rest.
     """
 
     latency_ms: float
@@ -32,6 +33,7 @@ class OnnxTiming:
     wall_ms: float
     cv: float
     peak_memory_mb: float | None = None
+    unstable: bool = False
 
 
 def measure_onnx(path: str | Path, *, threads: int = 1, protocol: Protocol = WHOLE_NET) -> OnnxTiming:
@@ -98,7 +100,7 @@ def onnx_timing(plan: ProfilePlan, rows: Mapping[str, Mapping[str, Any]]) -> Onn
 
 def _timing(plan: ProfilePlan, row: Mapping[str, Any]) -> OnnxTiming:
     latency = row["cpu_ms"] if plan.setting.threads == 1 else row["wall_ms"]
-    return OnnxTiming(latency, row["cpu_ms"], row["wall_ms"], row["cv"], row["peak_mb"] or None)
+    return OnnxTiming(latency, row["cpu_ms"], row["wall_ms"], row["cv"], row["peak_mb"] or None, row["unstable"])
 
 
 def measure_apart(path: str | Path, *, threads: int = 1, dtype: str = "float32") -> OnnxTiming:
