@@ -144,6 +144,8 @@ def _reference(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[np.ndarray]
     except Exception as error:
         shapes = [tuple(x.shape) for x in inputs]
         raise ModelError(f"expected a model that runs on inputs of shapes {shapes}, got {first_line(error)}") from error
+    if any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in outputs):
+        raise ModelError("expected outputs that can be compared with ONNX Runtime's, got bfloat16; call model.float()")
     arrays = [array_of(x) for x in outputs if isinstance(x, Tensor)]
     if not arrays:
         raise ModelError("expected a model that returns tensors, its outputs hold none")

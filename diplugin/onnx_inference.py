@@ -70,6 +70,10 @@ class OnnxNetwork(nn.Module):
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """Inputs in the order of the model's own, or by their names."""
         order = [i.name for i in self._session.get_inputs()]
+        if not set(named) <= set(order):
+            raise ModelError(
+                f"expected inputs by the names {', '.join(order)} of the ONNX model's, got {', '.join(named)}"
+            )
         inputs = (*inputs, *(named[name] for name in order if name in named))
         images = len(inputs[0]) if inputs else 0
         size = self._batch or max(1, images)

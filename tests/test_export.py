@@ -16,7 +16,7 @@ from diplugin.accuracy import accuracy
 from diplugin.errors import DataError, ModelError, UserError
 from diplugin.export import export_onnx
 from diplugin.groups import remove_channels
-from diplugin.onnx_inference import onnx_accuracy, run_onnx
+from diplugin.onnx_inference import OnnxNetwork, onnx_accuracy, run_onnx
 
 
 def small_net() -> nn.Sequential:
@@ -177,6 +177,10 @@ def test_bad_input_is_named_in_one_line(exported: tuple[nn.Module, Path], tmp_pa
         export_onnx(small_net(), images(1), tmp_path / "x.onnx")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="runs on inputs"):
         export_onnx(small_net(), (torch.randn(1, 5, 8, 8),), tmp_path / "x.onnx")
+    with pytest.raises(ModelError, match="bfloat16"):
+        export_onnx(nn.ReLU(), (torch.ones(1, 2, dtype=torch.bfloat16),), tmp_path / "x.onnx")
+    with pytest.raises(ModelError, match="by the names input"):
+        OnnxNetwork(path)(image=images(1))
     with pytest.raises(ModelError, match="NaN"):
         export_onnx(nn.ReLU(), (torch.full((1, 2), float("nan")),), tmp_path / "x.onnx")
     with pytest.raises(UserError, match="can be written"):
