@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 
 from diplugin import Budget
 from diplugin.discriminant import absolute_ridge, channel_scores, label_targets
@@ -411,3 +412,57 @@ def test_what_the_file_cannot_hold_stays_in_float(make_images, tmp_path):
     result = quantizer.at(quantizer.uniform(8))
     assert (result.model(x) - model(x)).norm() < 0.05 * model(x).norm()
     assert export_quantized(result, tmp_path / "q.onnx", (x,)).relative_difference <= 1e-3
+
+
+class TwoHeads(nn.Module):
+    """One output is a thousand times the other; the batch is the one that it was made for, if `tied`."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.conv, self.small, self.large, self.tied = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Linear(8, 4), tied
+
+    def forward(self, x):
+        x = self.conv(x).relu().mean((2, 3))
+        return self.small(x), 1e3 * (self.large(x) + (torch.zeros(int(x.shape[0]), 4) if self.tied else 0))
+
+
+def test_every_output_is_checked(make_images, tmp_path):
+    torch.manual_seed(0)
+    loader = make_images(80).loader(80)
+    x = loader[0][0]
+    quantizer = Quantizer(TwoHeads(False).eval(), loader, (x[:1],), Bits(ends=FREE_ENDS, images=80))
+    result = quantizer.at(quantizer.uniform(8))
+    assert export_quantized(result, tmp_path / "q.onnx", (x[:1],), (x,)).relative_difference <= 1e-3
+    result.model.small.input_on_grid.register_forward_hook(lambda m, a, out: out * 1.5)  # the file cannot know of this
+    with pytest.raises(ModelError, match="nothing was written"):
+        export_quantized(result, tmp_path / "q.onnx", (x,))
+
+
+def test_a_model_tied_to_its_batch_is_written_for_the_example_s(make_images, tmp_path):
+    torch.manual_seed(0)
+    loader = make_images(80).loader(80)
+    x = loader[0][0]
+    quantizer = Quantizer(TwoHeads(True).eval(), loader, (x[:1],), Bits(ends=FREE_ENDS, images=80))
+    written = export_quantized(quantizer.at(quantizer.uniform(8)), tmp_path / "q.onnx", (x[:1],), (x[:8],))
+    assert run_onnx(written.path, (x[:1],))[0].shape == (1, 4)
+    with pytest.raises(ModelError, match="inputs that fit"):
+        run_onnx(written.path, (x[:3],))
+
+
+def test_what_others_raise_becomes_one_line(make_images):
+    torch.manual_seed(0)
+    x, labels = make_images(40).loader(40)[0]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).eval()
+    with pytest.raises(ModelError, match="data's batches"):
+        quantize(net, [(x[:, :2], labels)], (x[:1],))
+    with pytest.raises(ModelError, match="squares"):
+        quantize(net, [(x * 1e25, labels)], (x[:1],))
+    with pytest.raises(UserError, match="rho"):
+        Bits(rho=float("inf"))
+    l1_unstructured(net[0], "weight", 0.5)
+    with pytest.raises(ModelError, match="can be copied"):
+        quantize(net, [(x, labels)], (x[:1],))
+    with torch.no_grad():
+        net(x)
+    quantizer = Quantizer(net, [(x, labels)], (x[:1],), Bits(ends=FREE_ENDS, images=40))
+    assert "anew" in quantizer.kept_float["0"]

@@ -73,7 +73,8 @@ def observe(
         loader: batches of calibration data; read until `images` images were seen.
 
     Raises:
-        DataError: no calibration data, or inputs that are not finite.
+        DataError: no calibration data.
+        ModelError: activations that are not finite, or so large that their squares are not.
     """
     seen: dict[str, LayerStatistics] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -106,6 +107,8 @@ def observe(
             handle.remove()
     if count < 2:
         raise DataError(f"expected calibration data to set activation ranges by, the loader gave {count} images")
+    if not all(bool(torch.isfinite(statistics.gram).all()) for statistics in seen.values()):
+        raise ModelError("expected activations whose squares are finite on the calibration data, they overflow")
     return seen
 
 

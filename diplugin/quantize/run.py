@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..boundary import GuardedLoader, guarded_forward, guarded_labels
 from ..costs import Budget
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..features import Forward, GetLabels, device_of, forward_inputs, labels_of
 from ..recovery import train
 from .allocation import BitAllocation, Choice, Limit
@@ -101,9 +102,11 @@ def quantize(
     return result
 
 
-def export_quantized(result: QuantizedResult, path: str | Path, example_inputs: tuple[Any, ...]) -> QuantizedExport:
+def export_quantized(
+    result: QuantizedResult, path: str | Path, example_inputs: tuple[Any, ...], checked: tuple[Any, ...] | None = None
+) -> QuantizedExport:
     """Write the result's ONNX file; see `export.export_model`."""
-    return export_model(result.model, path, example_inputs, layout=result.bits.layout)
+    return export_model(result.model, path, example_inputs, layout=result.bits.layout, checked=checked)
 
 
 class Quantizer:
@@ -129,9 +132,9 @@ class Quantizer:
         self.bits = bits = bits or Bits()
         _check_weights(model)
         self._device = device_of(model)
-        folded = fold_batchnorm(copy.deepcopy(model).float(), example_inputs)
-        seen = observe(folded, loader, images=bits.images, rho=bits.rho, get_labels=get_labels, forward=forward,
-                       seed=bits.seed)  # fmt: skip
+        folded = fold_batchnorm(_copied(model).float(), example_inputs)
+        seen = observe(folded, GuardedLoader(loader), images=bits.images, rho=bits.rho, seed=bits.seed,
+                       get_labels=guarded_labels(get_labels), forward=guarded_forward(forward))  # fmt: skip
         self.kept_float = _kept_float(folded, seen)
         self._grids: dict[str, ActivationGrid] = {
             name: fit_activation_grid(torch.cat(s.samples), significant_bits=bits.activation_scale_bits)
@@ -227,6 +230,16 @@ class Quantizer:
         return torch.einsum("gcd,gd->gc", error.view(len(mean), -1, error.shape[1]), mean).flatten()
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            f"expected a model that can be copied, got {first_line(error)}; weights that hooks compute must be made "
+            "plain first (torch.nn.utils.remove_weight_norm, torch.nn.utils.prune.remove)"
+        ) from error
+
+
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
@@ -242,8 +255,8 @@ def _kept_float(model: nn.Module, seen: Mapping[str, LayerStatistics]) -> dict[s
         kind = type(module).__name__
         if not isinstance(module, QUANTIZABLE):
             reasons[name] = f"{kind} is not a kind that can be quantized"
-        elif parametrize.is_parametrized(module):
-            reasons[name] = f"{kind} is parametrized already"
+        elif parametrize.is_parametrized(module) or "weight" not in module._parameters:
+            reasons[name] = f"{kind} computes its weight or bias anew in every call"
         elif name not in seen:
             reasons[name] = f"{kind} was not called by the forward pass"
         elif seen[name].repeated:

@@ -54,7 +54,7 @@ def quantize_run(
     result = quantize(model, loader, example_inputs, bits, training_loader=training_loader, teacher=teacher,
                       get_labels=get_labels, forward=forward)  # fmt: skip
     with writing_whole(folder / QUANTIZED_ONNX) as path:
-        written = export_quantized(result, path, checking_inputs(loader, example_inputs))
+        written = export_quantized(result, path, example_inputs, checking_inputs(loader, example_inputs))
         figures = {
             "accuracy": onnx_accuracy(path, judge, get_labels=get_labels, forward=forward),
             "size_mb": written.size_mb,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -71,5 +72,5 @@ class Bits:
         ends = {width for width in (self.ends.first, self.ends.last) if width is not None}
         if set(self.widths) - set(BIT_WIDTHS) or not set(self.widths) - {0} or ends - set(BIT_WIDTHS) or 0 in ends:
             raise UserError(f"expected widths out of {BIT_WIDTHS} and ends above 0, got {self.widths} and {self.ends}")
-        if self.images < 2 or not self.rho > 0 or self.activation_scale_bits < 1:
+        if not self.images >= 2 or not 0 < self.rho < math.inf or not self.activation_scale_bits >= 1:
             raise UserError("expected images of 2 or more, rho above 0 and activation_scale_bits of 1 or more")
