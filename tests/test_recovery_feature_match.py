@@ -84,6 +84,13 @@ def test_directions_are_those_of_linear_discriminant_analysis() -> None:
 def test_features_that_say_nothing_have_no_directions() -> None:
     with pytest.raises(DataError, match="nothing"):
         discriminant_directions(torch.zeros(8, 3), torch.arange(8) % 2)
+    labels = torch.arange(40) % 2
+    telling = torch.nn.functional.one_hot(labels).double() - 0.5
+    features = torch.randn(40, 3, dtype=torch.float64)
+    features -= features.mean(0)
+    features -= telling @ torch.linalg.pinv(telling) @ features  # up to rounding
+    with pytest.raises(DataError, match="nothing"):
+        discriminant_directions(features, labels)
 
 
 def test_the_feature_loss_by_hand() -> None:

@@ -15,6 +15,8 @@ from ..errors import DataError
 from .exact import cross, problem_of, solve
 
 _NOTHING = 1e-9
+#: Features whose products with the targets are this small beside their norms have nothing in common but rounding.
+_ROUNDING = 1e-14
 
 
 @torch.no_grad()
@@ -38,12 +40,13 @@ def discriminant_directions(
             [0.]], dtype=torch.float64)
     """
     problem = problem_of(features, labels, rho, None, class_weight)
-    weights = solve(problem)
-    explained = cross(problem).T @ weights
-    values, vectors = torch.linalg.eigh((explained + explained.T) / 2)
-    kept = values > _NOTHING * values[-1].clamp(min=torch.finfo(values.dtype).tiny)
-    if not bool(kept.any()):
+    products = cross(problem)
+    if float(products.norm()) <= _ROUNDING * float(problem.x.norm()):
         raise DataError("features that tell something of the labels are needed, these tell nothing")
+    weights = solve(problem)
+    explained = products.T @ weights
+    values, vectors = torch.linalg.eigh((explained + explained.T) / 2)
+    kept = values > _NOTHING * values[-1]
     directions = (weights @ vectors[:, kept]).flip(1)[:, :count]
     spread = (problem.flat @ directions).square().mean(0).sqrt() * problem.scale
     return directions / spread
