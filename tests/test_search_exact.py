@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from diplugin.network import NetworkTrace, trace_network
 from diplugin.plan import PruningPlan
 from diplugin.search import ExactSearch, FixedScores, GreedySearch, SearchLimits
 from diplugin.search.exact import around
+from diplugin.search.program import Program, Solution
 from diplugin.tables import Alignment, Calibration, Entry, LatencyTable, OpKey, Setting
 
 EXACT = ExactSearch(seconds=20.0, gap=1e-9)
@@ -302,6 +304,21 @@ def test_its_words_travel_with_the_plan() -> None:
         plan = EXACT(trace, FixedScores(trace.prunable, scores), [chain(trace)], [Budget("macs", fraction=0.5)])
     assert "proven" in plan.found_by
     assert PruningPlan.from_json(plan.to_json()) == plan
+
+
+def test_no_more_is_called_proven_than_the_bound_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace, scores = made_up([(8, 1), (8, 1)], 0)
+    optimum = best_loss(trace, scores, [(chain(trace), 0.5 * chain(trace).base)])
+    solve = Program.solve
+
+    def with_a_weak_bound(self: Program, *args: Any) -> Solution:
+        return replace(solve(self, *args), bound=0.85 * optimum)
+
+    monkeypatch.setattr(Program, "solve", with_a_weak_bound)
+    scorer, budget = FixedScores(trace.prunable, scores), [Budget("macs", fraction=0.5)]
+    plan = ExactSearch(seconds=20.0, gap=0.1)(trace, scorer, [chain(trace)], budget, ANY_WIDTH)
+    assert loss_of(trace, scores, plan.widths) == pytest.approx(optimum)
+    assert plan.found_by.endswith("proven: no plan on these widths loses 15 % less")
 
 
 @given(channels=st.integers(1, 200), most=st.integers(3, 30), present=st.integers(1, 200))

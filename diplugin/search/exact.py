@@ -242,10 +242,6 @@ class _Hunt:
         if loss < self.loss or self.best is None:
             self.best, self.loss = plan, loss
 
-    @property
-    def _spared(self) -> str:
-        return f"{100 * max(self.how.gap, 1e-6):.2g} %"
-
     def _words(self, bound: float | None, rounds: int, most: int) -> str:
         """How good the plan is known to be, in plain words."""
         gain = "greedy search found no plan"
@@ -257,7 +253,8 @@ class _Hunt:
             return f"exact search: {gain}; {tries}, the best is not proven"
         short = max(0.0, 1 - bound / self.loss) if self.loss > 0 else 0.0
         if short <= 2 * self.how.gap:
-            return f"exact search: {gain}; proven: no plan on these widths loses {self._spared} less"
+            spared = 100 * max(short, self.how.gap, 1e-6)
+            return f"exact search: {gain}; proven: no plan on these widths loses {spared:.2g} % less"
         return f"exact search: {gain}; out of time, no plan on these widths loses {short:.1%} less"
 
 
