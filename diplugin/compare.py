@@ -181,7 +181,7 @@ def compare_source(
 
     Args:
         test_images: judge on the first so many test images.
-        only: contenders whose names contain one of these words, separated by commas.
+        only: contenders whose names contain this, or one of these words, separated by commas.
 
     Raises:
         DataError: no contender of that name, or too few images.
@@ -193,15 +193,22 @@ def compare_source(
         chosen_by, judged = halves.holdout, halves.scoring
     if test_images is not None:
         judged = first_images(judged, test_images)
-    words = [word.strip().lower() for word in (only or "").split(",")]
-    chosen = [c for c in default_contenders() if any(word in c.name.lower() for word in words)]
-    if not chosen:
-        names = ", ".join(c.name for c in default_contenders())
-        raise DataError(f"expected contenders among {names}; got {only!r}")
+    chosen = _named(only or "")
     holdout = list(first_images(chosen_by, 2000))
     result = compare(model, split.scoring, example_inputs=example_inputs, test_loader=judged, contenders=chosen,
                      holdout=holdout, seed=seed, **options)  # fmt: skip
     return replace(result, judged="half of the training data's holdout" if source.test is None else "test data")
+
+
+def _named(only: str) -> list[Contender]:
+    """Contenders whose names contain the text, which may be a whole name with its comma, or one of its words."""
+    known, text = default_contenders(), only.strip().lower()
+    whole = any(text in contender.name.lower() for contender in known)
+    words = [text] if whole else [word.strip() for word in text.split(",") if word.strip()]
+    chosen = [c for c in known if any(word in c.name.lower() for word in words)]
+    if not chosen:
+        raise DataError(f"expected contenders among {'; '.join(c.name for c in known)}; got {only!r}")
+    return chosen
 
 
 def print_comparison(result: Comparison) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from diplugin.cli import COMMANDS, build_parser, main
+from diplugin.cli.common import print_metrics
 
 # Runs end before anything is exported, but for the last test: what torch warns of on the way is not ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -258,6 +260,39 @@ def test_help_everywhere(argv: list[str], capsys: pytest.CaptureFixture[str]) ->
     assert "usage: diplugin" in capsys.readouterr().out
 
 
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from parsers(below)
+
+
+def test_every_argument_says_what_it_is_and_its_default() -> None:
+    for parser in parsers(build_parser()):
+        for action in parser._actions:
+            said, default = action.help, action.default
+            if isinstance(action, argparse._SubParsersAction) or said == argparse.SUPPRESS:
+                continue
+            assert said, (parser.prog, action.dest)
+            if isinstance(default, (int, float)) and not isinstance(default, bool) and default:
+                assert f"{default:g}" in said, (parser.prog, action.dest)
+            if isinstance(default, str) and default not in ("", argparse.SUPPRESS):
+                assert default in said, (parser.prog, action.dest)
+
+
+def test_budgets_are_told_in_their_units(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [{"cost": "macs", "asked": 2_298_385.4, "predicted": 2_179_000, "measured": 2_179_000, "met": True},
+             {"cost": "latency_ms", "asked": 0.9612, "predicted": 0.8225, "measured": None, "met": True},
+             {"cost": "memory_mb", "asked": 0.07, "predicted": 0.0672, "measured": 0.0772, "met": False}]  # fmt: skip
+    print_metrics({"budgets": found})
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "budget macs <= 2.30 M: predicted 2.18 M, measured 2.18 M: met",
+        "budget latency_ms <= 0.961 ms: predicted 0.823 ms, not measured: met",
+        "budget memory_mb <= 0.0700 MB: predicted 0.0672 MB, measured 0.0772 MB: NOT met",
+    ]
+
+
 SEEDED = [["compress", "a:b", "digits", "--example-shape=1,1", "--budget=macs=.5", "--out=x"],
           ["compare", "a:b", "digits", "--example-shape=1,1"], ["validate", "a:b", "digits", "--example-shape=1,1"],
           ["quantize", "run", "digits", "--budget=size_mb=.5"]]  # fmt: skip
@@ -266,7 +301,7 @@ SEEDED = [["compress", "a:b", "digits", "--example-shape=1,1", "--budget=macs=.5
 @pytest.mark.parametrize(
     "argv",
     [[], ["nope"], ["compress"], ["compress", "a:b", "digits"],
-     ["score", "a:b", "digits", "--example-shape=1,1", "--images=0"],
+     ["score", "a:b", "digits", "--example-shape=1,1", "--images=0"], ["tables", "show", "table", "--rows=-1"],
      ["compress", "a:b", "digits", "--example-shape=1,1", "--budget=macs=.5", "--out=x", "--seed=one"],
      *([*command, f"--seed={seed}"] for seed in (-1, 2**32, "9" * 30) for command in SEEDED)],
     ids=" ".join,
@@ -296,17 +331,20 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     "argv",
     [["score", "CODE:Net", "CODE:data", "--example-shape=1,3,8,8", "--json=taken"],
+     ["compare", "CODE:Net", "CODE:data", "--example-shape=1,3,8,8", "--only=random", "--json=taken"],
      ["tables", "estimate", "--device=raspberry-pi-4", "--model=CODE:Net", "--example-shape=1,3,8,8", "--points=1",
       "--out=taken"]],
-    ids=["score", "estimate"],
+    ids=["score", "compare", "estimate"],
 )  # fmt: skip
 def test_a_file_that_cannot_be_written_is_one_line(
     argv: list[str], code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "taken").mkdir()
     assert main([word.replace("CODE", code) for word in argv]) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if "note:" not in line]
+    out, err = capsys.readouterr()
+    said = [line for line in err.splitlines() if "note:" not in line]
     assert len(said) == 1 and said[0].startswith("diplugin: expected") and "taken" in said[0]
+    assert argv[0] == "tables" or not out, "asked before the work, not after it"
 
 
 def test_as_a_module(tmp_path: Path) -> None:

@@ -171,6 +171,30 @@ def test_without_test_data_nobody_is_judged_by_the_images_they_chose_by(monkeypa
     assert seen[1] == seen[0] != seen[2]
 
 
+@pytest.mark.parametrize(
+    ("only", "names"),
+    [("L1, local", ["L1, local"]), ("l1,bn", ["L1, local", "L1, global", "BN scale, local", "BN scale, global"]),
+     ("bn scale,", ["BN scale, local", "BN scale, global"]), (None, [c.name for c in default_contenders()])],
+)  # fmt: skip
+def test_contenders_are_picked_by_whole_names_or_by_words(only, names, monkeypatch) -> None:
+    import importlib
+
+    from diplugin.sources import DataSource
+
+    module, chosen = importlib.import_module("diplugin.compare"), []
+
+    def take(*_: Any, contenders: Any, **__: Any) -> Comparison:
+        chosen.extend(contenders)
+        return Comparison(1, 1, ())
+
+    monkeypatch.setattr(module, "compare", take)
+    x = torch.zeros(40, 3, 8, 8)
+    data = torch.utils.data.TensorDataset(x, torch.arange(40) % 4)
+    source = DataSource("own", torch.utils.data.DataLoader(data, batch_size=8))
+    module.compare_source(nn.Identity(), source, example_inputs=(x[:1],), only=only)
+    assert [contender.name for contender in chosen] == names
+
+
 def test_command(make_net, tmp_path, monkeypatch, capsys) -> None:
     from diplugin.cli import main
 

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL with its weights and input shape."""
-    parser.add_argument("model", metavar="MODEL", help="package.module:callable, torchvision:NAME or timm:NAME")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="torchvision:NAME, timm:NAME or package.module:callable, which returns the network",
+    )
     parser.add_argument("--weights", metavar="FILE", type=Path, help="safetensors file with the trained weights")
     parser.add_argument("--example-shape", metavar="N,C,H,W", required=True, help="shape of one input, e.g. 1,3,32,32")
 
@@ -27,9 +31,10 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     """DATA and its batch size."""
     parser.add_argument(
         "data", metavar="DATA",
-        help="digits, cifar10:DIR, fashion-mnist:DIR, imagefolder:DIR or package.module:callable",
+        help="digits, cifar10:DIR, fashion-mnist:DIR, imagefolder:DIR (normalised as ImageNet, gray for a model of one "
+        "channel) or package.module:callable, which returns a DataLoader or a DataSource",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=positive, default=128, metavar="N")
+    parser.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images a batch (default 128)")
 
 
 def positive(text: str) -> int:
@@ -127,10 +132,20 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     for budget in metrics.get("budgets", []):
-        measured = "not measured" if budget["measured"] is None else f"measured {budget['measured']:.4g}"
-        verdict = "met" if budget["met"] else "NOT met"
-        console.print(f"budget {budget['cost']} <= {budget['asked']:.4g}: predicted {budget['predicted']:.4g}, "
-                      f"{measured}: {verdict}", highlight=False, markup=False)  # fmt: skip
+        console.print(_budget_line(budget), highlight=False, markup=False, soft_wrap=True)
+
+
+def _budget_line(budget: dict[str, Any]) -> str:
+    """A budget in its own unit, with its verdict."""
+    from ..report.format import value
+
+    asked, predicted, measured = (
+        None if budget[key] is None else value(budget["cost"], budget[key]).replace("\u00a0", " ")
+        for key in ("asked", "predicted", "measured")
+    )
+    verdict = "met" if budget["met"] else "NOT met"
+    found = "not measured" if measured is None else f"measured {measured}"
+    return f"budget {budget['cost']} <= {asked}: predicted {predicted}, {found}: {verdict}"
 
 
 _ROWS = (

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..whole_files import check_writable
 from .common import Teller, add_data, add_model, data_of, model_of, positive, seed
 
 
@@ -21,9 +22,11 @@ def add_parser(subparsers: Any) -> None:
                         help="fractions of the unpruned MACs (default 0.7,0.5,0.3)")  # fmt: skip
     parser.add_argument("--images", type=positive, default=1500, help="training images to calibrate on (default 1500)")
     parser.add_argument("--test-images", type=positive, metavar="N", help="judge on the first N test images only")
-    parser.add_argument("--only", metavar="NAME,NAME", help="contenders whose names contain one of these")
+    parser.add_argument(
+        "--only", metavar="NAME,NAME", help="contenders whose names contain one of these (default: all)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--seed", type=seed, default=0, help="of every random choice (default 0)")
     parser.set_defaults(run=run)
 
 
@@ -37,6 +40,8 @@ def _fractions(text: str) -> tuple[float, ...]:
 def run(args: argparse.Namespace) -> int:
     from ..compare import compare_source, print_comparison
 
+    if args.json:
+        check_writable(args.json)
     model, inputs = model_of(args)
     with Teller() as tell:
         result = compare_source(

@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--images", type=positive, default=2000, help="training images scored (default 2000)")
     parser.add_argument("--bits", metavar="SIZE", help="also quantize, to a size such as size_mb=0.3MB")
     parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1 (default cpu)")
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--seed", type=seed, default=0, help="of every random choice (default 0)")
     parser.add_argument(
         "--resume", action="store_true", help="go on with a run that was killed, not with a finished one"
     )

@@ -24,18 +24,24 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--points", type=positive, default=8, metavar="N", help="about this many widths a group (8)")
     parser.add_argument("--nets", type=positive, default=16, metavar="N", help="pruned nets to calibrate on (16)")
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="threads of the runtime (1)")
-    parser.add_argument("--name", help="the table's name")
+    parser.add_argument("--name", help="the table's name (that of the file)")
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("float32", "int8"), default="float32",
+                        help="numbers that the network is timed in (float32)")  # fmt: skip
 
 
 def _add_here(steps: Any) -> None:
     parser = steps.add_parser("here", help="plan, run and finish on this machine")
     add_model(parser)
     _add_grid(parser)
-    parser.add_argument("--runtime", choices=("onnxruntime", "torch", "torch-cuda"), default="onnxruntime")
-    parser.add_argument("--dtype", choices=("float32", "int8"), default="float32")
+    parser.add_argument("--runtime", choices=("onnxruntime", "torch", "torch-cuda"), default="onnxruntime",
+                        help="what runs the network (onnxruntime)")  # fmt: skip
+    _add_dtype(parser)
     parser.add_argument("--seconds", type=positive, default=120, metavar="S", help="spend about this long (120)")
     parser.add_argument("--journal", type=Path, metavar="FILE", help="keep the journal, and go on with it")
-    parser.add_argument("--out", type=Path, required=True, metavar="TABLE.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="TABLE.json", help="the table to write")
     parser.set_defaults(run=run_here)
 
 
@@ -44,41 +50,42 @@ def _add_plan(steps: Any) -> None:
     add_model(parser)
     _add_grid(parser)
     parser.add_argument("--step", type=positive, default=8, metavar="N", help="widths are multiples of it (8)")
-    parser.add_argument("--runtime", choices=("onnxruntime", "trtexec"), default="onnxruntime")
-    parser.add_argument("--dtype", choices=("float32", "int8"), default="float32")
+    parser.add_argument("--runtime", choices=("onnxruntime", "trtexec"), default="onnxruntime",
+                        help="what runs the network there (onnxruntime)")  # fmt: skip
+    _add_dtype(parser)
     parser.add_argument("--net-ms", type=float, default=0.0, metavar="MS",
                         help="the unpruned net's time on the device, to foresee how long the bundle takes")  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE.pyz")
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE.pyz", help="the file to write")
     parser.set_defaults(run=run_plan)
 
 
 def _add_run(steps: Any) -> None:
     parser = steps.add_parser("run", help="run a bundle on this machine, or go on with it")
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="as `profile plan` wrote it")
     parser.add_argument("--journal", type=Path, metavar="FILE", help="default: the bundle's name with .jsonl")
-    parser.add_argument("--quiet", action="store_true")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run_run)
 
 
 def _add_ssh(steps: Any) -> None:
     parser = steps.add_parser("ssh", help="copy a bundle to a device, run it there and bring the journal back")
     parser.add_argument("host", metavar="USER@HOST", help="as ssh knows it: your ~/.ssh/config counts")
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="as `profile plan` wrote it")
     parser.add_argument("--journal", type=Path, metavar="FILE", help="default: the bundle's name with .jsonl")
     parser.add_argument("--python", default="python3", help="the interpreter there (python3)")
     parser.add_argument("--folder", default="", help="where on the device (a folder of its own in the home directory)")
     parser.add_argument("--ssh-option", action="append", default=[], metavar="-oNAME=VALUE", help="passed on to ssh")
-    parser.add_argument("--quiet", action="store_true")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run_ssh)
 
 
 def _add_finish(steps: Any) -> None:
     parser = steps.add_parser("finish", help="turn a bundle and its journal into a table")
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    parser.add_argument("journal", type=Path, metavar="JOURNAL")
-    parser.add_argument("--name", default="", help="the table's name")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="as `profile plan` wrote it")
+    parser.add_argument("journal", type=Path, metavar="JOURNAL", help="what the bundle wrote on the device, .jsonl")
+    parser.add_argument("--name", default="", help="the table's name (the plan's)")
     parser.add_argument("--device", default="", help="the device in words (what it said about itself)")
-    parser.add_argument("--out", type=Path, required=True, metavar="TABLE.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="TABLE.json", help="the table to write")
     parser.set_defaults(run=run_finish)
 
 

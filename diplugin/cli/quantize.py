@@ -27,8 +27,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--epochs", type=int, default=0, metavar="N", help="of quantization-aware training (default 0)")
     parser.add_argument("--lr", type=float, default=0.002, help="its peak learning rate (default 0.002)")
     parser.add_argument("--images", type=positive, default=500, help="training images that calibrate (default 500)")
-    parser.add_argument("--batch-size", type=positive, default=128, metavar="N")
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images a batch (default 128)")
+    parser.add_argument("--seed", type=seed, default=0, help="of every random choice (default 0)")
     parser.set_defaults(run=run)
 
 

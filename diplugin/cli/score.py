@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..whole_files import write_text
+from ..whole_files import check_writable, write_text
 from .common import add_data, add_model, data_of, model_of, positive
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..team import one_voice
 
+    if args.json:
+        check_writable(args.json)
     with one_voice() as team:
         trace, scores, profile = _score(args)
     if team.rank == 0:
