@@ -212,6 +212,8 @@ def _layer_spec(name: str, module: Any, x: Tensor, y: Tensor, activation: str | 
     bias = getattr(module, "bias", None) is not None
     if isinstance(module, (*_CONVS, *_TRANSPOSED)):
         op = "conv" if isinstance(module, _CONVS) else "conv_transpose"
+        if x.dim() == len(module.kernel_size) + 1:  # one image without its batch dimension
+            shapes = ((1, *x.shape), (1, *y.shape))
         padding = module.padding if isinstance(module.padding, tuple) else _same_padding(module)
         return LayerSpec(
             name, op, module.in_channels, module.out_channels, *shapes, tuple(module.kernel_size),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diplugin.costs import Budget, CostModel, PeakActivationMemory, SeparableCost, layer_macs, macs, params
+from diplugin.costs.latency import timed_layers
 from diplugin.network import trace_network
 from diplugin.plan import PruningPlan
 from diplugin.search import FixedScores, greedy_search
@@ -175,6 +176,17 @@ def test_a_layer_called_twice_counts_twice_in_macs_and_once_in_params(make_net: 
     assert [layer.name for layer in trace.layers].count("shared") == 2
     assert macs(trace).base == torch_macs(model, inputs)
     assert params(trace).base == sum(p.numel() for p in model.parameters())
+
+
+def test_an_image_without_a_batch_dimension_is_one_image() -> None:
+    """Its channels are no images: torch's convolutions take it as it is."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3), nn.Conv2d(6, 4, 1))
+    image = torch.randn(3, 8, 8)
+    alone, batched = trace_network(model, (image,)), trace_network(model, (image[None],))
+    assert macs(alone).base == macs(batched).base == torch_macs(model, (image[None],))
+    assert PeakActivationMemory(alone).base == PeakActivationMemory(batched).base
+    for one, other in zip(timed_layers(alone), timed_layers(batched), strict=True):
+        assert one.key(alone.base_widths) == other.key(batched.base_widths)
 
 
 def test_macs_scale_with_the_batch_and_params_do_not(make_net: MakeNet) -> None:
