@@ -143,6 +143,8 @@ def group_from_torch_pruning(graph: tp.DependencyGraph, group: Any) -> ChannelGr
             members.append(GroupMember(name, side, tuple(item.idxs), tuple(roots), _OPTYPE_NAMES[kind]))
         own, inside = _blocks_of(node.module, kind), members[-1].side == "in"
         width = (graph.get_in_channels if inside else graph.get_out_channels)(node.module)
+        if width is not None and max(item.idxs, default=0) >= width:
+            notes.append(f"it leads past the channels of {name}, through a zero-padded or sliced shortcut")
         if own > 1 and len(set(item.idxs)) < (width or 0):
             notes.append(f"it holds a part of the channels of {name}, which come in {own} blocks of one size")
         blocks = _common_blocks(channels, blocks, own)

@@ -135,6 +135,24 @@ def test_chunks_are_left_alone() -> None:
     assert next(g for g in groups.values() if ("left", "out") in sides(g)).prunable
 
 
+class Half(nn.Module):
+    """One half of a layer's channels is read; beside a bare parameter torch-pruning takes it for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gain = nn.Conv2d(3, 8, 3), nn.Parameter(torch.rand(8, 1, 1))
+        self.first, self.head = nn.Conv2d(8, 8, 3), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.first(F.relu(self.stem(x) * self.gain)).chunk(2, 1)[1].mean((2, 3)))
+
+
+def test_channels_that_a_reader_does_not_have_are_noticed_without_running_anything() -> None:
+    groups = by_name(Half(), (torch.randn(1, 3, 8, 8),))
+    assert "past the channels of head" in groups["first"].note
+    assert groups["stem"].prunable
+
+
 class Joined(nn.Module):
     """Two producers side by side under one layer, which may divide its channels into blocks."""
 
