@@ -37,7 +37,7 @@ from diplugin.features import (
 )
 from diplugin.groups import ChannelGroup
 from diplugin.layer_scores import score_layers
-from diplugin.masks import dead_channels, follower_masks, followers, remove_masked
+from diplugin.masks import dead_channels, follower_masks, followers
 from diplugin.network import trace_network
 from diplugin.ranking import ByAll, Ranking, hand_out
 from diplugin.samples import call_inputs, collect, forward_any, on_cpu
@@ -47,6 +47,7 @@ from diplugin.taps import Tap
 try:
     from diplugin_nni_config import checked_config, config_list_for, follower_config, nni_errors
     from diplugin_nni_evaluator import check_count, check_sources, counted_steps, first_batch, torch_evaluator
+    from diplugin_nni_speedup import as_tuple, speedup, unwrap
     from diplugin_nni_targets import (
         TRANSPOSED,
         Targets,
@@ -134,7 +135,7 @@ class DIPruner(Pruner):
         if evaluator is not None and not evaluator._initialization_complete:
             with nni_errors("an evaluator whose optimizers are traced with nni.trace"):
                 evaluator._init_optimizer_helpers(model)
-        inputs = self._example_inputs(model, evaluator) if example_inputs is None else _as_tuple(example_inputs)
+        inputs = self._example_inputs(model, evaluator) if example_inputs is None else as_tuple(example_inputs)
         self._groups = _groups_of(model, inputs)
         self._followers = self._followers_of(model, checked, existed_wrappers or {}) if align_followers else ()
         checked += [
@@ -146,7 +147,7 @@ class DIPruner(Pruner):
                 super().__init__(model, checked, evaluator, existed_wrappers)
             check_targets(self._target_spaces)
         except UserError:
-            _unwrap(model)
+            unwrap(model)
             raise
         # Read by AGPPruner and LinearPruner, which set both.
         self.training_steps = training_steps or 1
@@ -250,7 +251,7 @@ class DIPruner(Pruner):
             return call_inputs(model, self._calibration[0], self.observation)
         dummy = getattr(evaluator, "dummy_input", None)
         if dummy is not None:
-            return _as_tuple(dummy)
+            return as_tuple(dummy)
         batch = first_batch(model, evaluator) if evaluator is not None else None
         return None if batch is None else call_inputs(model, batch, self.observation)
 
@@ -319,39 +320,6 @@ class DIPruner(Pruner):
         for module, keep in follower_masks(self._groups, dead_channels(modules, known), widths).items():
             shaped = {target: follower_shape(keep, space, target) for target, space in spaces[module].items()}
             masks.setdefault(module, {}).update({t: mask for t, mask in shaped.items() if mask is not None})
-
-
-def speedup(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]], example_inputs: Any) -> nn.Module:
-    """Physically remove masked channels, in place; returns the model, which computes what the masked one did.
-
-    NNI's wrappers are taken off first. Channels that only some of the layers tied by a shortcut mask stay, as zeros.
-    Unlike NNI's `ModelSpeedup` it follows torch-pruning's dependency graph, and so works on today's torch.
-
-    Args:
-        masks: as `Pruner.compress` or `Pruner.get_masks` return them; other pruners' too, whose BatchNorms are not
-            masked: there the smaller model equals the masked one up to those BatchNorms' shifts.
-        example_inputs: a tensor, or a tuple of positional inputs.
-
-    Raises:
-        ModelError: the model does not run on the example inputs.
-        PlanError: the masks are another model's.
-
-    >>> _, masks = pruner.compress()  # doctest: +SKIP
-    >>> small = speedup(model, masks, torch.randn(1, 3, 32, 32))  # doctest: +SKIP
-    """
-    _unwrap(model)
-    return remove_masked(model, masks, _as_tuple(example_inputs))
-
-
-def _unwrap(model: nn.Module) -> None:
-    for module in list(model.modules()):
-        wrapper = getattr(module, "_nni_wrapper", None)
-        if wrapper is not None:
-            wrapper.unwrap()
-
-
-def _as_tuple(inputs: Any) -> tuple[Any, ...]:
-    return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 def _positive(name: str, value: float) -> float:
