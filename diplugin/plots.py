@@ -19,8 +19,10 @@ def check_plot_file(path: str | Path) -> Path:
         UserError: the name is of no PNG, SVG or PDF file, or of a folder, or its folder does not exist.
     """
     path = Path(path)
-    if path.suffix.lower() not in ENDINGS or not path.parent.is_dir() or path.is_dir():
+    if path.suffix.lower() not in ENDINGS or not path.parent.is_dir():
         raise UserError(f"expected a PNG, SVG or PDF file by its name, in a folder that exists, got {str(path)!r}")
+    if path.is_dir():
+        raise UserError(f"expected a file that can be written at {path}, got a folder")
     return path
 
 

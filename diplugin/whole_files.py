@@ -75,10 +75,10 @@ def check_writable(path: str | Path) -> None:
     Raises:
         OSError: the folder or the file cannot be written.
     """
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"expected a file to write, got the folder {str(path)!r}")
-    if not Path(path).exists() or Path(path).is_file():
-        path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        path.open("ab").close()  # which the system refuses, in its own words
+    if not path.exists() or path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
