@@ -11,14 +11,24 @@ from diplugin.tables import checks
 
 
 def test_vcgencmd_and_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bits(said: str) -> int:
+        monkeypatch.setattr(state, "tool", lambda *_: said)
+        return state.throttle_bits()
+
     for said, expected in (
         ("throttled=0x0", False),
         ("throttled=0x50000", False),
         ("throttled=0x50005", True),
         ("", False),
+        ("throttled=warm", False),
     ):
-        monkeypatch.setattr(state, "tool", lambda *_, said=said: said)
-        assert state.throttled() is expected
+        assert state.throttled(bits(said), bits(said)) is expected
+
+
+def test_a_throttle_that_has_come_and_gone_between_two_readings_leaves_its_mark() -> None:
+    assert state.throttled(0x0, 0x40000) and state.throttled(0x40000, 0x50000)
+    assert not state.throttled(0x40000, 0x40000)
+    assert not state.throttled(0x40004, 0x40000)
 
 
 def test_provenance_is_plain_printable_and_bounded() -> None:

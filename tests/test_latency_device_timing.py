@@ -72,16 +72,18 @@ def test_rows_of_a_throttled_device_are_taken_again_then_marked(
 ) -> None:
     plan, looks = small_plan(1), [0]
 
-    def throttled() -> bool:
+    def bits() -> int:
+        """Limited at the end of the first chunk, and for a moment within the second."""
         looks[0] += 1
-        return looks[0] <= 2
+        return {1: 0, 2: 0x50005, 3: 0x50000}.get(looks[0], 0xD0000)
 
     monkeypatch.setattr(profiler, "DRIFT", float("inf"))
-    monkeypatch.setattr(profiler, "throttled", throttled)
+    monkeypatch.setattr(profiler, "throttle_bits", bits)
     rows = run(plan, tmp_path / "once").rows
     chunks = -(-len(plan.jobs) // FAST.chunk)
-    assert looks[0] == chunks + 2 and len(rows) == len(plan.jobs)
-    monkeypatch.setattr(profiler, "throttled", lambda: True)
+    assert looks[0] == 2 * (chunks + 2) and len(rows) == len(plan.jobs)
+    assert not any(row["unstable"] for row in rows.values())
+    monkeypatch.setattr(profiler, "throttle_bits", lambda: 0x5)
     assert all(row["unstable"] for row in run(plan, tmp_path / "always").rows.values())
 
 

@@ -75,6 +75,14 @@ def test_a_bundle_goes_there_runs_and_its_journal_comes_back(tmp_path: Path, sta
     assert journal.read_bytes() == before
 
 
+def test_a_device_that_says_much_is_heard_out(tmp_path: Path, stand_in: StandIn) -> None:
+    """More than a pipe holds, on the stream that nobody reads while the other one is relayed."""
+    plan, remote = small_plan(), stand_in("head -c 300000 /dev/zero | tr '\\\\0' x")
+    bundle, journal = plan.save(tmp_path / "b.pyz"), tmp_path / "b.jsonl"
+    assert run_bundle_there(remote, bundle, journal, io.StringIO()) == len(plan.jobs)
+    assert complete(plan, journal)
+
+
 def test_a_wiped_device_goes_on_with_the_journal_that_is_here(tmp_path: Path, stand_in: StandIn) -> None:
     plan, remote = small_plan(), stand_in("")
     bundle, journal = plan.save(tmp_path / "b.pyz"), tmp_path / "b.jsonl"

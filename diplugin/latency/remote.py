@@ -82,16 +82,17 @@ class Remote:
             DeviceError: it failed, in one line; `ConnectionLost` if the connection did.
         """
         try:
-            with tempfile.TemporaryFile() as spool:
+            # Files and no pipes where nobody reads along: a device that says much would wait for ever.
+            with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as spool:
                 process = subprocess.Popen(
                     self.command(f"echo {_BEGIN}; {remote}"),
                     stdin=subprocess.PIPE if data is not None else subprocess.DEVNULL,
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE if progress is not None else spool,
+                    stdout=said, stderr=subprocess.PIPE if progress is not None else spool,
                 )  # fmt: skip
                 lines = _relay(process, progress) if progress is not None else []
-                output, _ = process.communicate(data)
-                spool.seek(0)
-                lines = lines or [_printable(line) for line in spool.read().splitlines()]
+                process.communicate(data)
+                output, errors = (_content(file) for file in (said, spool))
+                lines = lines or [_printable(line) for line in errors.splitlines()]
         except FileNotFoundError:
             raise DeviceError("expected the ssh command on this machine, found none: install OpenSSH") from None
         if process.returncode:
@@ -152,6 +153,11 @@ def _relay(process: subprocess.Popen[bytes], progress: IO[str]) -> list[str]:
         if not line.startswith("error: "):
             print(line, file=progress, flush=True)
     return lines
+
+
+def _content(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read()
 
 
 def _printable(raw: bytes) -> str:

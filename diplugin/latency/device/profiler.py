@@ -11,7 +11,7 @@ import time
 from .errors import ProfileError, first_line
 from .journal import Journal
 from .runtimes import RUNTIMES
-from .state import provenance, throttled
+from .state import provenance, throttle_bits, throttled
 from .timer import Timer, floor_of
 
 DRIFT = 0.05
@@ -53,8 +53,9 @@ class Profiler:
 
     def measure(self, chunk, last):
         """Rows of a chunk of jobs; None if the device drifted or said that it is throttled, but for the last try."""
-        timers = [self.timer(job) for job in chunk]
-        sentinel_ms, limited = self.time_rounds(timers), throttled()
+        timers, bits = [self.timer(job) for job in chunk], throttle_bits()
+        sentinel_ms = self.time_rounds(timers)
+        limited = throttled(bits, throttle_bits())
         self.seen.append(sentinel_ms)
         if not last and (limited or drifted(sentinel_ms, floor_of(self.seen))):
             return None

@@ -128,10 +128,16 @@ def peak_memory_mb():
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 3)
 
 
-def throttled():
-    """Whether a Raspberry Pi says that it is, right now, short of voltage, capped or throttled."""
+def throttle_bits():
+    """What a Raspberry Pi says of low voltage, caps and throttling: now (bits 0 to 3) and since it was started (16 to
+    19); 0 on other devices."""
     text = tool("vcgencmd", "get_throttled")
     try:
-        return bool(int(text.split("=", 1)[1], 16) & 0xF)
+        return int(text.split("=", 1)[1], 16)
     except (IndexError, ValueError):
-        return False
+        return 0
+
+
+def throttled(before, after):
+    """Whether a device was limited between two readings of its bits: at the end, or for the first time ever."""
+    return bool(after & 0xF or (after & ~before) >> 16)
