@@ -75,10 +75,12 @@ class GreedySearch:
 def _infeasible(structure: Structure, budgets: Sequence[Budget]) -> InfeasibleBudget:
     reached = ", ".join(f"{m.name} {structure.now[m.name]:.6g} (asked {limit:.6g})" for m, limit in structure.limits)
     tightest = min(structure.widths, key=lambda n: structure.widths[n])
+    floor, align = structure.options.floor, structure.options.align
+    coarse = f" or the alignment to {align}" if align > 1 else ""
     return InfeasibleBudget(
         f"no structure within reach meets {' and '.join(map(str, budgets))}: the cheapest one found has {reached} "
         f"(narrowest group: {tightest} with {structure.widths[tightest]} channels); "
-        f"relax the budget or lower the floor of {structure.options.floor:g}"
+        f"relax the budget or lower the floor of {floor:g}{coarse}"
     )
 
 
