@@ -249,8 +249,10 @@ def test_a_cost_without_sums_leaves_greedys_plan() -> None:
 def test_infeasible_budgets_and_networks_without_groups() -> None:
     trace, scores = made_up([(8, 1), (8, 1)], 0)
     scorer, cost = FixedScores(trace.prunable, scores), chain(trace)
-    with pytest.raises(InfeasibleBudget, match="relax"):
+    with pytest.raises(InfeasibleBudget, match=r"relax the budget or lower the floor of 0\.5$"):
         EXACT(trace, scorer, [cost], [Budget("macs", limit=5.0)], SearchLimits(floor=0.5))
+    with pytest.raises(InfeasibleBudget, match="the alignment to 8"):
+        EXACT(trace, scorer, [cost], [Budget("macs", limit=5.0)], SearchLimits(align=8))
     with pytest.raises(BudgetError, match="got none"):
         EXACT(trace, scorer, [cost], [])
     empty = NetworkTrace((), (), ())
