@@ -61,6 +61,7 @@ try:
         follower_shape,
         metric_of,
         side_of,
+        warn_of_fast_path,
     )  # fmt: skip
     from nni.compression.base.compressor import Compressor, Pruner
     from nni.compression.base.config import select_modules_by_config
@@ -149,6 +150,7 @@ class DIPruner(Pruner):
         except UserError:
             unwrap(model)
             raise
+        warn_of_fast_path(model, self._target_spaces)
         # Read by AGPPruner and LinearPruner, which set both.
         self.training_steps = training_steps or 1
         self.interval_steps = self.training_steps

@@ -7,6 +7,7 @@ and broadcast back.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
@@ -36,6 +37,18 @@ def check_targets(spaces: Targets) -> None:
             raise UserError(f"expected layers with channels, {module!r} is an Embedding, whose rows are not channels")
         if target.startswith(("_input_", "_output_")) and not target.endswith("_0"):
             raise UserError(f"expected the first input or output of {module!r} as a target, got {target!r}")
+
+
+def warn_of_fast_path(model: nn.Module, spaces: Targets) -> None:
+    """Say which masks torch's fast path for Transformers passes by: it reads weights past all wrappers."""
+    fast = [name for name, module in model.named_modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    passed = next((module for module in spaces if module.startswith(tuple(f"{name}." for name in fast))), None)
+    if passed is not None:
+        warnings.warn(
+            f"torch's fast path for Transformers, in eval mode without gradients, passes by the masks of {passed!r}, "
+            "which count in training and after speedup; to judge the masked model call "
+            "torch.backends.mha.set_fastpath_enabled(False)", stacklevel=3,
+        )  # fmt: skip
 
 
 def targets_with(spaces: Targets, *settings: str) -> Iterator[tuple[str, str, PruningTargetSpace]]:

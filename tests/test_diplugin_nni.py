@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("nni")
 
-from diplugin_nni import DIPruner
+from diplugin_nni import DIPruner, speedup
 from nni.compression.pruning import L1NormPruner
 from nni_masks import assert_cut_equals_masked, assert_exactly, config, sparsity
 
@@ -207,3 +207,35 @@ def test_example_inputs_may_be_a_tensor(make_net: MakeNet, make_images: MakeImag
     model, (x,) = make_net("plain")
     _, masks = DIPruner(model, config(model), calibration_data=make_images(50).loader(50), example_inputs=x).compress()
     assert len(masks) > len(sparsity({m: masks[m] for m in ("0", "3", "7")}))  # BatchNorms are masked along
+
+
+class Encoder(nn.Module):
+    """A Transformer's block [N, T, 16], with a head of three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x).mean(1))
+
+
+def test_masks_that_torchs_fast_path_passes_by_are_said() -> None:
+    torch.manual_seed(0)
+    model, x = Encoder().eval(), torch.randn(48, 5, 16)
+    whole = copy.deepcopy(model)
+    half = [{"op_names": ["block.linear1"], "sparse_ratio": 0.5}]
+    with pytest.warns(UserWarning, match=r"passes by the masks of 'block\.linear1'.*set_fastpath_enabled"):
+        pruner = DIPruner(model, half, calibration_data=[(x, torch.arange(48) % 3)])
+    _, masks = pruner.compress()
+    with torch.no_grad():
+        assert torch.equal(model(x), whole(x)), "the fast path reads the weights as they were"
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            masked = model(x)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
+        assert not torch.allclose(masked, whole(x), atol=1e-3)
+        assert torch.allclose(speedup(model, masks, (x[:1],))(x), masked, atol=1e-5)
