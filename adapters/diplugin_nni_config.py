@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from diplugin_nni_speedup import as_tuple
 from nni.compression.base.config import default_config_schema, select_modules_by_config, trans_legacy_config_list
 from torch import Tensor, nn
 
@@ -204,7 +205,7 @@ def plan_for(
     if example_inputs is None:
         calibration_data = list(calibration_data) if iter(calibration_data) is calibration_data else calibration_data
         example_inputs = first_image(next(iter(calibration_data))[0])
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = as_tuple(example_inputs)
     trace = trace_network(model, to_device(inputs, device_of(model)))
     costs: list[CostModel] = [macs(trace), params(trace), PeakActivationMemory(trace)]
     if latency_table is not None:

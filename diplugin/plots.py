@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, first_line
-from .whole_files import writing_whole
+from .whole_files import check_writable, writing_whole
 
 #: Kinds of files that matplotlib is asked for.
 ENDINGS = (".png", ".svg", ".pdf")
@@ -16,14 +16,21 @@ def check_plot_file(path: str | Path) -> Path:
     """The path, if a plot may go there; ask before work is done for it.
 
     Raises:
-        UserError: the name is of no PNG, SVG or PDF file, or of a folder, or its folder does not exist.
+        UserError: the name is of no PNG, SVG or PDF file, its folder does not exist, or it cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in ENDINGS or not path.parent.is_dir():
         raise UserError(f"expected a PNG, SVG or PDF file by its name, in a folder that exists, got {str(path)!r}")
-    if path.is_dir():
-        raise UserError(f"expected a file that can be written at {path}, got a folder")
+    check_place(path)
     return path
+
+
+def check_place(path: Path) -> None:
+    """Raise UserError unless a file can be written here."""
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise UserError(f"expected a file that can be written at {path}, got {first_line(error)}") from None
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -192,6 +192,12 @@ def one_voice() -> Iterator[Team]:
             raise
 
 
+def samplers_of(loader: Any) -> tuple[Any, ...]:
+    """What a loader draws its images and batches by, one behind the other; None for those that it does not have."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
+
+
 def current_team(loader: Iterable[Any] = ()) -> Team:
     """The processes of this run; one, unless `torch.distributed` was initialised.
 
@@ -200,8 +206,7 @@ def current_team(loader: Iterable[Any] = ()) -> Team:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return Team()
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    for sampler in (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+    for sampler in samplers_of(loader):
         # torch's name for how many share the data, and accelerate's.
         if max(getattr(sampler, "num_replicas", 1), getattr(sampler, "num_processes", 1)) > 1:
             raise DataError(f"expected the same loader in every process, got one with a {type(sampler).__name__} of "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,20 @@ def test_a_damaged_graph_is_refused(tmp_path: Path) -> None:
         device.Bundle(plan.save(tmp_path / "b.pyz")).blob(name)
 
 
+def in_every_header(data: bytearray, local: int, central: int) -> Iterator[int]:
+    """Where a zip's field lies, so far behind the mark of every header before a file and of every one at the end."""
+    for mark, offset in ((b"PK\x03\x04", local), (b"PK\x01\x02", central)):
+        for header in re.finditer(re.escape(mark), bytes(data)):
+            yield header.start() + offset
+
+
 @pytest.mark.parametrize("method", [99, 14, 12])
 def test_a_bundle_cut_inside_or_packed_in_other_ways_is_one_line(method: int, tmp_path: Path) -> None:
     """What a failing SD card makes of it: sizes that lie, other ways of packing, other bytes than were packed."""
     bundle = small_plan(2).save(tmp_path / "b.pyz")
     plain, data = device.Bundle(bundle), bytearray(bundle.read_bytes())
-    for mark, at in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
-        place = data.find(mark)
-        while place >= 0:
-            data[place + at : place + at + 2] = method.to_bytes(2, "little")
-            place = data.find(mark, place + 4)
+    for place in in_every_header(data, 8, 10):
+        data[place : place + 2] = method.to_bytes(2, "little")
     bundle.write_bytes(data)
     with pytest.raises(device.ProfileError, match="profile bundle"):
         device.Bundle(bundle)
@@ -71,11 +76,8 @@ def test_packed_bytes_that_lie_beyond_the_end_are_one_line(name: str, tmp_path: 
 def test_an_encrypted_bundle_is_one_line(tmp_path: Path) -> None:
     bundle = small_plan(2).save(tmp_path / "b.pyz")
     plain, data = device.Bundle(bundle), bytearray(bundle.read_bytes())
-    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        place = data.find(mark)
-        while place >= 0:
-            data[place + flags] |= 1  # the bit that says so
-            place = data.find(mark, place + 4)
+    for place in in_every_header(data, 6, 8):
+        data[place] |= 1  # the bit that says so
     bundle.write_bytes(data)
     with pytest.raises(device.ProfileError, match="encrypted"):
         device.Bundle(bundle)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import DataError, ModelError, PlanError, UserError, first_line
 from ..features import Forward, GetLabels, device_of, forward_inputs, labels_of, to_device
 from ..modes import modes_kept
-from ..team import Team, current_team
+from ..team import Team, current_team, samplers_of
 from ..whole_files import write_bytes
 from .losses import output_kind
 from .settings import FineTuning
@@ -113,8 +113,7 @@ def check_trainable(model: nn.Module) -> None:
 def _reseed(loader: Any, seed: int) -> None:
     """Seed torch's generator, and those that a loader and its samplers bring along: their state is not saved."""
     torch.manual_seed(seed)
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    for drawing in (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+    for drawing in (loader, *samplers_of(loader)):
         generator = getattr(drawing, "generator", None)
         if isinstance(generator, torch.Generator):
             generator.manual_seed(seed)

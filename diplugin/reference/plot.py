@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..plots import check_plot_file, new_figure, save_figure
+from ..plots import check_place, check_plot_file, new_figure, save_figure
 from .study import FRACTIONS, LayerValidation, mean_accuracies
 
 _STYLES = {
@@ -27,12 +27,12 @@ def check_outputs(json_file: Path | None, plot_file: Path | None) -> None:
     """Refuse files that could not be written, before any work is done.
 
     Raises:
-        UserError: no such folder, a folder in a file's place, or a plot of an unknown kind.
+        UserError: no such folder, a file that cannot be written, or a plot of an unknown kind.
     """
     if json_file is not None and not json_file.parent.is_dir():
         raise UserError(f"expected {json_file} in a folder that exists, {json_file.parent} does not: make it first")
-    if json_file is not None and json_file.is_dir():
-        raise UserError(f"expected a file to write, {json_file} is a folder")
+    if json_file is not None:
+        check_place(json_file)
     if plot_file is not None:
         check_plot_file(plot_file)
 
