@@ -21,6 +21,7 @@ from diplugin.network import NetworkTrace
 @given(problem=problems, seed=st.integers(0, 2**16), step=st.integers(2, 5), bump=st.floats(0.0, 3.0))
 @example(problem=made_up([(5, 1), (8, 2)], 0), seed=6, step=4, bump=2.0)
 @example(problem=made_up([(6, 3), (8, 2)], 0), seed=150, step=3, bump=2.0)
+@example(problem=made_up([(2, 1), (5, 1)], 0), seed=7626, step=3, bump=1e-12)
 def test_a_structure_that_meets_two_budgets_is_not_missed(
     problem: tuple[NetworkTrace, dict[str, Tensor]], seed: int, step: int, bump: float
 ) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..costs import Widths
+from ..costs import CostModel, Widths
 from ..errors import TableError
+from .problem import exceeds
 from .structure import Structure
 
-_TINY = 1e-12
+#: Of an excess that rounding hides: more than none.
+_LEAST = 1e-18
 
 
 @dataclass(frozen=True)
@@ -28,28 +30,46 @@ class _Trial:
 
 def restore(structure: Structure) -> bool:
     """Change widths until every budget holds; False if neither one group nor two bring the costs nearer to them."""
+    now = _present(structure)
     while structure.violated():
-        best = _best_trial(structure)
+        best = _best_trial(structure, now)
         if best is None:
             return False
         for name, width in best.widths.items():
             structure.set_width(name, width)
+        before, now = now, _present(structure)
+        if now.rank >= before.rank:  # what seemed nearer was rounding
+            return False
     return True
 
 
-def _best_trial(structure: Structure) -> _Trial | None:
+def _present(structure: Structure) -> _Trial:
+    """The structure as it is, its costs computed afresh: sums of changes carry rounding."""
+    costs = {m.name: m.cost(structure.widths) for m, _ in structure.limits}
+    return _Trial((_excess(structure, structure.widths, costs), 0.0), {}, costs)
+
+
+def _best_trial(structure: Structure, now: _Trial) -> _Trial | None:
     """The single change of least excess, or the pair where no single one lowers it."""
-    now = _Trial((_excess(structure, structure.now), 0.0), {}, structure.now)
-    violated = [m for m, _ in structure.violated()]
 
     def best(trials: Iterable[_Trial]) -> _Trial | None:
         nearest = min(trials, key=lambda trial: trial.rank, default=now)
-        return nearest if nearest.rank[0] < now.rank[0] - _TINY else None
+        return nearest if nearest.rank[0] < now.rank[0] else None
 
     singles = list(_trials_after(structure, now))
     # Of a pair, one must help where it is needed; the other pays for it.
-    helpful = [t for t in singles if any(t.costs[m.name] < now.costs[m.name] - _TINY * m.base for m in violated)]
-    return best(singles) or best(pair for trial in helpful for pair in _trials_after(structure, trial))
+    return best(singles) or best(
+        pair for trial in singles if _helps(structure, now, trial) for pair in _trials_after(structure, trial)
+    )
+
+
+def _helps(structure: Structure, now: _Trial, trial: _Trial) -> bool:
+    """Whether a trial brings one of the costs nearer to its budget."""
+    after: Widths = {**structure.widths, **trial.widths}
+    return any(
+        _over(m, limit, trial.costs[m.name], after) < _over(m, limit, now.costs[m.name], structure.widths)
+        for m, limit in structure.limits
+    )
 
 
 def _trials_after(structure: Structure, before: _Trial) -> Iterator[_Trial]:
@@ -59,12 +79,18 @@ def _trials_after(structure: Structure, before: _Trial) -> Iterator[_Trial]:
         for width in (*structure.near_and_far(name), *structure.wider_near_and_far(name)):
             try:
                 costs = {m.name: before.costs[m.name] + m.change(here, name, width) for m, _ in structure.limits}
+                excess = _excess(structure, {**here, name: width}, costs)
             except TableError:
                 continue
             loss = before.rank[1] + structure.loss_of(name, width)
-            yield _Trial((_excess(structure, costs), loss), {**before.widths, name: width}, costs)
+            yield _Trial((excess, loss), {**before.widths, name: width}, costs)
 
 
-def _excess(structure: Structure, costs: Mapping[str, float]) -> float:
-    """By how much all budgets together are exceeded, in shares of what the unpruned network costs."""
-    return sum(max(0.0, costs[m.name] - limit) / m.base for m, limit in structure.limits)
+def _excess(structure: Structure, widths: Widths, costs: Mapping[str, float]) -> float:
+    """By how much all budgets together are exceeded."""
+    return sum(_over(m, limit, costs[m.name], widths) for m, limit in structure.limits)
+
+
+def _over(model: CostModel, limit: float, cost: float, widths: Widths) -> float:
+    """By how much a budget is exceeded, in shares of what the unpruned network costs."""
+    return max((cost - limit) / model.base, _LEAST) if exceeds(model, limit, cost, widths) else 0.0
