@@ -7,7 +7,7 @@ group that is not what it seems is left alone, with a note.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .dependency import tensors_of, traceable
 from .errors import ModelError, first_line
 from .groups import ChannelGroup, Side, trace_groups
+from .layer_calls import LayerCall, set_call, watching_calls
 from .verification import verified
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -182,39 +183,33 @@ def _in_execution_order(groups: Iterable[ChannelGroup], layers: Sequence[LayerSp
 
 def record_layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[LayerSpec]:
     """Every call of every convolution, linear and normalisation layer, in execution order."""
-    calls: list[tuple[str, nn.Module, Tensor, Tensor, Any]] = []
-
-    def hook(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            read = next(iter((*args, *kwargs.values())), None)
-            if isinstance(read, Tensor) and isinstance(output, Tensor):
-                calls.append((name, module, read, output, output.grad_fn))
-
-        return record
-
     kinds = (*_CONVS, *_TRANSPOSED, nn.Linear, *_NORMS)
-    handles = [m.register_forward_hook(hook(name), with_kwargs=True)
-               for name, m in model.named_modules() if isinstance(m, kinds)]  # fmt: skip
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    runs: list[tuple[str, Tensor, Tensor, Any, tuple[int, ...]]] = []
+
+    def record(name: str, x: Any, y: Any, call: LayerCall | None) -> None:
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            runs.append((name, x, y, y.grad_fn, _padding(modules[name], x, y, call)))
+
     try:
-        with traceable(model):
+        with traceable(model), watching_calls(modules, record):
             output = model(*example_inputs)
     except Exception as error:
         raise ModelError(f"expected a model that runs on the example inputs, got {first_line(error)}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
     consumers = _consumers(tensors_of(output))
-    return [_layer_spec(name, module, x, y, _activation(fn, consumers)) for name, module, x, y, fn in calls]
+    return [_layer_spec(name, modules[name], x, y, _activation(fn, consumers), padding)
+            for name, x, y, fn, padding in runs]  # fmt: skip
 
 
-def _layer_spec(name: str, module: Any, x: Tensor, y: Tensor, activation: str | None) -> LayerSpec:
+def _layer_spec(
+    name: str, module: Any, x: Tensor, y: Tensor, activation: str | None, padding: tuple[int, ...]
+) -> LayerSpec:
     shapes = (tuple(x.shape), tuple(y.shape))
     bias = getattr(module, "bias", None) is not None
     if isinstance(module, (*_CONVS, *_TRANSPOSED)):
         op = "conv" if isinstance(module, _CONVS) else "conv_transpose"
         if x.dim() == len(module.kernel_size) + 1:  # one image without its batch dimension
             shapes = ((1, *x.shape), (1, *y.shape))
-        padding = module.padding if isinstance(module.padding, tuple) else _same_padding(module)
         return LayerSpec(
             name, op, module.in_channels, module.out_channels, *shapes, tuple(module.kernel_size),
             tuple(module.stride), padding, tuple(module.dilation), module.groups, bias, activation,
@@ -227,10 +222,20 @@ def _layer_spec(name: str, module: Any, x: Tensor, y: Tensor, activation: str | 
     return LayerSpec(name, "norm", channels, channels, *shapes, bias=bias, activation=activation)
 
 
-def _same_padding(module: Any) -> tuple[int, ...]:
-    if module.padding == "valid":
-        return (0,) * len(module.kernel_size)
-    return tuple(d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True))
+def _padding(module: Any, x: Tensor, y: Tensor, call: LayerCall | None) -> tuple[int, ...]:
+    """Zeros on both sides of each dimension that give an output of this size, whoever pads, and however lopsidedly."""
+    if not isinstance(module, (*_CONVS, *_TRANSPOSED)):
+        return ()
+    call = call or set_call(module, x)
+    if call.transposed:
+        return tuple(before for before, _ in call.padding)
+    dims, found = len(call.kernel), []
+    sides = zip(call.padding, call.kernel, call.stride, call.dilation, strict=True)
+    for i, ((before, behind), k, s, d) in enumerate(sides, start=-dims):
+        total = call.x.shape[i] - x.shape[i] + before + behind
+        more = (x.shape[i] + 2 * ((total + 1) // 2) - d * (k - 1) - 1) // s + 1
+        found.append((total + 1) // 2 if more == y.shape[i] else total // 2)
+    return tuple(found)
 
 
 def _consumers(outputs: Iterable[Tensor]) -> dict[Any, list[Any]]:

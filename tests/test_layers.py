@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"errors", "plots", "rank_correlation", "whole_files"},
     {"discriminant", "plan", "modes", "samples", "tables", "team", "dependency", "groups", "network", "taps",
-     "features", "costs", "verification"},
+     "features", "costs", "layer_calls", "verification"},
     {"accuracy", "boundary", "disguise", "export", "filters", "fitted_scores", "holdout", "labels", "latency",
      "layer_scores", "mask_rules", "masks", "measurements", "onnx_inference", "quantize", "ranking", "reader_energy",
      "recovery", "reference", "run_folder", "scoring", "search", "surgery", "survivors"},

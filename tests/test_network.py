@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from odd_layers import PadsItself
 from tiny_networks import KINDS
 from torch import Tensor, nn
 
+from diplugin.costs.latency import op_key
 from diplugin.errors import ModelError
 from diplugin.network import LayerSpec, TensorSpec, Width, record_layers, trace_network
 
@@ -107,6 +109,15 @@ def test_padding_is_in_numbers(padding: Any, expected: tuple[int, ...]) -> None:
     spec = layer(model, "")
     assert spec.padding == expected
     assert (spec.kernel, spec.stride, spec.dilation, spec.groups, spec.bias) == ((5, 3), (1, 1), (1, 1), 1, True)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("size", [7, 8, 9, 10])
+def test_keys_of_layers_that_pad_themselves_have_their_output_size(stride: int, size: int) -> None:
+    x = torch.randn(1, 3, size, size + 1)
+    model = PadsItself(3, 4, (3, 5), stride)
+    key = op_key(layer(model, "", (x,)), 3, 4)
+    assert key.output_size == tuple(model(x).shape[2:])
 
 
 def test_what_a_spec_says_about_a_layer() -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from odd_layers import padding_net
 from small_quantized import FREE_ENDS, prepared
 from torch import nn
 
+from diplugin import Budget
 from diplugin.errors import ModelError
 from diplugin.onnx_inference import run_onnx
 from diplugin.quantize import (
     Bits,
+    DIBits,
     JoinedWeights,
     Quantizer,
     SplitLayers,
@@ -19,6 +22,21 @@ from diplugin.quantize import (
     export_quantized,
 )
 from diplugin.quantize.fake import layers_on_grid
+
+
+def test_layers_that_pad_their_inputs_themselves(make_images, tmp_path):
+    """Their kernels may be larger than the maps that they read: the last one here reads 2x2 through 5x5."""
+    loader = make_images(80).loader(40)
+    model, x = padding_net(), loader[1][0]
+    quantizer = Quantizer(model, loader, (x[:1],), Bits(ends=FREE_ENDS, images=80))
+    result = quantizer.spend(DIBits(), [Budget("size_mb", fraction=0.8)])
+    written = export_quantized(result, tmp_path / "q.onnx", (x[:8],))
+    with torch.no_grad():
+        expected, unquantized = result.model(x), model(x)
+    got = torch.from_numpy(run_onnx(written.path, (x,))[0])
+    assert (got - expected).norm() <= 1e-3 * expected.norm()
+    assert (quantizer.at(quantizer.uniform(8)).model(x) - unquantized).norm() <= 0.05 * unquantized.norm()
+
 
 # Every export takes a second or two: kinds that the others cover are left to the test of folding.
 EXPORTED = ["residual", "depthwise", "grouped", "tokens", "transposed"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from odd_layers import PadsItself
 from small_quantized import FREE_ENDS
 from torch import nn
 
@@ -18,12 +21,16 @@ from diplugin.quantize import (
 from diplugin.quantize.strategies import di_damage, output_error
 
 
+def of_weight(module, weight):
+    """The layer in float64, with this weight and no bias."""
+    other = copy.deepcopy(module).double()
+    other.weight.data, other.bias = weight.double(), None
+    return other
+
+
 def chunk_di_scores(module, inputs, labels, error, rho):
     """2ρ‖EᵀZ‖²/‖Y‖² from whole maps in float64: the definition, without label images."""
-    plain = nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
-    plain.double().weight.data = module.weight.detach().double()
-    maps = plain(inputs.double()).detach()
-    errors = nn.functional.conv2d(inputs.double(), error.double(), None, module.stride, module.padding)
+    maps, errors = (of_weight(module, weight)(inputs.double()).detach() for weight in (module.weight.detach(), error))
     x = maps.flatten(1) - maps.flatten(1).mean(0)
     ridge = absolute_ridge(maps, rho)
     y = label_targets(labels)
@@ -32,9 +39,10 @@ def chunk_di_scores(module, inputs, labels, error, rho):
     return 2 * ridge * torch.einsum("ncp,nl->cpl", e, solution).square().sum((1, 2)) / y.square().sum()
 
 
-def test_di_damage_is_the_di_score_of_the_error_map(make_images):
+@pytest.mark.parametrize("conv", [nn.Conv2d(3, 6, 3, stride=2, padding=1), PadsItself(3, 6, 3, stride=2)])
+def test_di_damage_is_the_di_score_of_the_error_map(make_images, conv):
     torch.manual_seed(1)
-    net = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)).eval()
+    net = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)).eval()
     images = make_images(60)
     loader = images.loader(60)
     x, labels = loader[0]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from odd_layers import PadsItself, Standardises
 from torch import Tensor, nn
 
 from diplugin.reader_energy import measuring
@@ -19,6 +20,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "pointwise": (lambda: nn.Conv2d(6, 4, 1), (7, 6, 5, 5)),
     "conv3d, pointwise": (lambda: nn.Conv3d(6, 4, 1), (7, 6, 3, 3, 3)),
     "linear": (lambda: nn.Linear(6, 3), (20, 6)),
+    "pads itself": (lambda: PadsItself(6, 4, 3, stride=2), (7, 6, 8, 8)),
+    "standardises": (lambda: Standardises(6, 4, 3), (7, 6, 8, 8)),
     "transposed, pointwise": (lambda: nn.ConvTranspose2d(6, 4, 1, groups=2), (7, 6, 5, 5)),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from odd_layers import Standardises
 from torch import Tensor, nn
 
 from diplugin.errors import DataError
@@ -147,6 +148,16 @@ def test_grouped_readers_are_passed_over(make_net: MakeNet, make_images: Any) ->
     before = copy.deepcopy(model.state_dict())
     assert compensate(model, make_images(30).loader(10), trace, plan) == ()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_readers_that_do_more_than_multiply_are_passed_over(make_images: Any) -> None:
+    """Folded into before it is standardised, a weight would come out as another one."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), Standardises(6, 5, 3), nn.Flatten())
+    images = make_images(40)
+    trace = trace_network(model, (images.images[:1],), verify=False)
+    before = copy.deepcopy(model.state_dict())
+    assert compensate(model, images.loader(20), trace, plan_of(trace, **{"0": (0, 1, 2)})) == ()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_plan_that_keeps_all_needs_no_data(make_net: MakeNet) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diplugin.errors import DataError
+from diplugin.layer_calls import LayerCall, call_of
 from diplugin.network import trace_network
 from diplugin.plan import PruningPlan
 from diplugin.recovery import Reconstruction, recalibrate_batchnorm, reconstruct
@@ -140,10 +141,16 @@ def conv_of(depthwise: bool) -> tuple[nn.Conv2d, Site, Tensor, Tensor]:
     return conv, Site(spec, 0, torch.arange(conv.out_channels), None, positions), x, target
 
 
+def call_of_conv(conv: nn.Conv2d, x: Tensor) -> LayerCall:
+    call = call_of(F.conv2d, (x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups), {})
+    assert call is not None
+    return call
+
+
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_a_fit_is_the_least_squares_solution(depthwise: bool) -> None:
     conv, site, x, target = conv_of(depthwise)
-    LayerFit(conv, site, x, site.sampled(target)).solve(1e-12, None)
+    LayerFit(conv, site, call_of_conv(conv, x), site.sampled(target)).solve(1e-12, None)
     columns = F.unfold(x, 3, padding=1, stride=2).transpose(1, 2).flatten(0, 1)
     flat = target.flatten(2).transpose(1, 2).flatten(0, 1)
     ones = torch.ones(len(columns), 1)
@@ -157,7 +164,7 @@ def test_a_fit_is_the_least_squares_solution(depthwise: bool) -> None:
 def test_a_large_ridge_holds_the_present_weights() -> None:
     conv, site, x, target = conv_of(False)
     before = conv.weight.detach().clone()
-    LayerFit(conv, site, x, site.sampled(target)).solve(1e9, None)
+    LayerFit(conv, site, call_of_conv(conv, x), site.sampled(target)).solve(1e9, None)
     assert torch.allclose(conv.weight, before, atol=1e-6)
 
 

@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd_layers import Standardises, padding_net
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from diplugin.errors import DataError
 from diplugin.network import NetworkTrace, TensorSpec, record_layers, trace_network
@@ -195,6 +197,24 @@ def test_so_it_does_for_networks_that_are_easily_misread(form: Form) -> None:
     same, done = refitted_whole(model, x)
     assert set(done) == {"stem", "a.0", "a.1", "b.0", "b.1", "head"}
     assert_same_function(model, same, images_of(form, 20, seed=2))
+
+
+def test_so_it_does_where_layers_pad_their_inputs_themselves() -> None:
+    model, draw = padding_net(), torch.Generator().manual_seed(0)
+    x, fresh = (2 * torch.randn(40, 3, 8, 8, generator=draw) + 1 for _ in range(2))
+    same, done = refitted_whole(model, x)
+    assert done == ("0", "3", "6", "10")
+    assert_same_function(model, same, fresh)
+
+
+@pytest.mark.parametrize("odd", [Standardises(3, 6, 3), weight_norm(nn.Conv2d(3, 6, 3))])
+def test_layers_whose_weight_is_not_all_are_left(odd: nn.Module) -> None:
+    """Fitted as if they were plain they would be others."""
+    model = nn.Sequential(odd, nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)).eval()
+    x, fresh = images_of(Form(), 40), images_of(Form(), 20, seed=2)
+    same, done = refitted_whole(model, x)
+    assert done == ("4",)
+    assert_same_function(model, same, fresh)
 
 
 @pytest.mark.parametrize("norm", ["none", "before", "behind"])

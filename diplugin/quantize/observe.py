@@ -10,7 +10,7 @@ no perturbed map is kept, whatever the number of bit widths.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..discriminant import label_targets
 from ..errors import DataError, ModelError
 from ..features import CHUNK_SIZE, Forward, GetLabels, chunks, device_of, to_device
+from ..layer_calls import LayerCall, set_call, watching_calls
 from .fake import quantizable_layers
 
 #: Inputs of an output channel beyond which their second moment is kept in diagonal blocks only.
@@ -39,8 +40,10 @@ class LayerStatistics:
             wide layer only B diagonal blocks.
         mean: float64 [G, D], sum of inputs.
         samples: float32, input values.
-        label_images: float32 [chunks, L, ...], inputs projected on Z, scaled so that 2·‖layer(label image)‖², summed
-            over labels and positions, is a DI score in fractions of label variance.
+        label_images: float32 [chunks, L, ...], what its weight was multiplied with (padded, if the layer does that
+            itself), projected on Z, scaled so that 2·‖call.of(label image, weight)‖², summed over labels and
+            positions, is a DI score in fractions of label variance.
+        call: how it uses its weight; `x` is empty.
         macs: multiply-accumulates per output channel and image.
         patches: input vectors in the sums.
         repeated: whether one forward pass calls it more than once.
@@ -50,6 +53,7 @@ class LayerStatistics:
     mean: Tensor
     samples: list[Tensor] = field(default_factory=list)
     label_images: list[Tensor] = field(default_factory=list)
+    call: LayerCall | None = None
     macs: float = 0.0
     patches: int = 0
     calls: int = 0
@@ -80,31 +84,23 @@ def observe(
     generator = torch.Generator().manual_seed(seed)
     targets: list[Tensor] = []
 
-    def hook(name: str) -> Any:
-        def look(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-            statistics = seen.setdefault(name, _empty(layer))
-            x = next(iter((*args, *named.values())))
-            _look(layer, statistics, x, output, targets[-1], rho, generator)
-
-        return look
-
     layers = quantizable_layers(model)
-    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+
+    def look(name: str, x: Tensor, output: Tensor, call: LayerCall | None) -> None:
+        statistics = seen.setdefault(name, _empty(layers[name]))
+        _look(statistics, x, output, call or set_call(layers[name], x), targets[-1], rho, generator)
+
     count, device = 0, device_of(model)
-    try:
-        with torch.no_grad():
-            for batch in chunks(loader, min(CHUNK_SIZE, images)):
-                labels = get_labels(batch)
-                targets.append(label_targets(labels))
-                forward(model, to_device(batch, device))
-                count += len(labels)
-                for statistics in seen.values():
-                    statistics.repeated |= statistics.calls > len(targets)
-                if count >= images:
-                    break
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), watching_calls(layers, look):
+        for batch in chunks(loader, min(CHUNK_SIZE, images)):
+            labels = get_labels(batch)
+            targets.append(label_targets(labels))
+            forward(model, to_device(batch, device))
+            count += len(labels)
+            for statistics in seen.values():
+                statistics.repeated |= statistics.calls > len(targets)
+            if count >= images:
+                break
     if count < 2:
         raise DataError(f"expected calibration data to set activation ranges by, the loader gave {count} images")
     if not all(bool(torch.isfinite(statistics.gram).all()) for statistics in seen.values()):
@@ -121,7 +117,7 @@ def _empty(layer: Any) -> LayerStatistics:
 
 
 def _look(
-    layer: Any, statistics: LayerStatistics, x: Tensor, output: Tensor, targets: Tensor, rho: float,
+    statistics: LayerStatistics, x: Tensor, output: Tensor, call: LayerCall, targets: Tensor, rho: float,
     generator: torch.Generator,
 ) -> None:  # fmt: skip
     if not bool(torch.isfinite(x).all()):
@@ -130,38 +126,34 @@ def _look(
     flat = x.flatten()
     picked = torch.randint(len(flat), (min(len(flat), _SAMPLES),), generator=generator)
     statistics.samples.append(torch.cat([flat[picked.to(flat.device)].cpu(), flat.aminmax().max[None].cpu()]))
-    for part in x.split(50):
-        patches = input_patches(layer, part, generator)
+    for part in call.x.split(50):
+        patches = input_patches(call, part, generator)
         blocks = patches.unflatten(2, (statistics.gram.shape[1], -1))
         statistics.gram += torch.einsum("gpbi,gpbj->gbij", blocks, blocks).double().cpu()
         statistics.mean += patches.sum(1).double().cpu()
         statistics.patches += patches.shape[1]
-    statistics.macs = output[0].numel() / layer.weight.shape[0] * layer.weight[0].numel()
+    statistics.macs = output[0].numel() / call.weight.shape[0] * call.weight[0].numel()
+    statistics.call = replace(call, x=call.x.new_empty(0))
     if len(x) == len(targets):  # a layer that sees something else than images tells nothing of labels here
-        statistics.label_images.append(_label_images(x, output, targets, rho))
+        statistics.label_images.append(_label_images(call.x, output, targets, rho))
 
 
-def input_patches(layer: Any, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Input vectors that the layer multiplies with its weight rows: [G, P, D], a random few positions of each image."""
-    if isinstance(layer, nn.Linear):
+def input_patches(call: LayerCall, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Vectors that the call multiplies with the weight's rows: [G, P, D], a random few positions of each of its images.
+
+    Args:
+        x: some of the images that it reads.
+    """
+    if not call.kernel:
         return x.reshape(1, -1, x.shape[-1]).float()
-    kernel, stride, dilation, padding = layer.kernel_size, layer.stride, layer.dilation, _padding(layer)
-    if isinstance(layer, nn.Conv1d):
-        x, kernel, stride, dilation, padding = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation), (0, *padding)
-    padded = F.pad(x.float(), [p for pad in reversed(padding) for p in (pad, pad)])
+    padded, kernel, stride, dilation = call.padded(x.float()), call.kernel, call.stride, call.dilation
+    if len(kernel) == 1:
+        padded, kernel, stride, dilation = padded[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
     patches = F.unfold(padded, kernel, dilation=dilation, stride=stride)
     picked = torch.randperm(patches.shape[2], generator=generator)[:_PATCHES_PER_IMAGE].to(x.device)
     images, depth, _ = patches.shape
-    grouped = patches[:, :, picked].reshape(images, layer.groups, depth // layer.groups, -1)
-    return grouped.permute(1, 0, 3, 2).reshape(layer.groups, -1, depth // layer.groups)
-
-
-def _padding(layer: Any) -> tuple[int, ...]:
-    if layer.padding == "valid":
-        return (0,) * len(layer.kernel_size)
-    if layer.padding == "same":
-        return tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
-    return tuple(layer.padding)
+    grouped = patches[:, :, picked].reshape(images, call.groups, depth // call.groups, -1)
+    return grouped.permute(1, 0, 3, 2).reshape(call.groups, -1, depth // call.groups)
 
 
 def _label_images(x: Tensor, output: Tensor, targets: Tensor, rho: float) -> Tensor:

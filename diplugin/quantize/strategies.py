@@ -108,20 +108,15 @@ def di_damage(task: Task, layer: str, width: int) -> np.ndarray:
     """
     module: Any = task.model.get_submodule(layer)
     error = (task.rounded(layer, width).values - task.weight(layer)).view(module.weight.shape)
-    images = task.statistics[layer].label_images
-    if not images:
+    images, call = task.statistics[layer].label_images, task.statistics[layer].call
+    if not images or call is None:
         return output_error(task, layer, width) / len(error)
     total = torch.zeros(len(error), dtype=torch.float64)
     with torch.no_grad():
         for x in images:
-            total += _channel_energy(module, x, error)
+            y = call.of(x, error).square()
+            total += (y.transpose(0, 1).flatten(1).sum(1) if call.kernel else y.flatten(0, -2).sum(0)).double()
     return (2 * total / len(images)).numpy()
-
-
-def _channel_energy(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-    if isinstance(module, nn.Linear):
-        return nn.functional.linear(x, weight).square().flatten(0, -2).sum(0).double()
-    return module._conv_forward(x, weight, None).square().transpose(0, 1).flatten(1).sum(1).double()
 
 
 @dataclass(frozen=True)

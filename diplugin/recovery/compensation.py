@@ -25,11 +25,12 @@ from torch.utils import _pytree as pytree
 
 from ..errors import DataError
 from ..features import Forward, chunks, device_of, forward_inputs, to_device
+from ..layer_calls import plain_layers
 from ..modes import evaluating
 from ..network import NetworkTrace
 from ..plan import PruningPlan
 from ..team import current_team
-from .outputs import norms_behind
+from .outputs import examples_of, norms_behind
 
 _MAX_CHANNELS = 4096
 #: Their statistics take up a constant of every channel.
@@ -89,7 +90,8 @@ def compensate(
 
     Returns:
         Names of the layers that were rewritten. Depthwise and grouped convolutions are passed over (their outputs read
-        one block only), and so are inputs of more than 4,096 channels.
+        one block only), and so are inputs of more than 4,096 channels and layers that do more than to multiply with
+        their weight.
 
     Raises:
         DataError: the loader yields nothing, or features that are not finite.
@@ -116,7 +118,8 @@ def _readers(model: nn.Module, trace: NetworkTrace, plan: PruningPlan) -> list[_
         if columns and getattr(module, "groups", 1) == 1 and width <= _MAX_CHANNELS and len(columns) < width:
             kept = [c for c in range(width) if c not in columns]
             readers.append(_Reader(name, torch.tensor(kept), torch.tensor(sorted(columns))))
-    return readers
+    plain = plain_layers(model, examples_of(model, trace), [reader.name for reader in readers]) if readers else ()
+    return [reader for reader in readers if reader.name in plain]
 
 
 def _input_moments(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DataError
+from ..layer_calls import LayerCall
 from ..network import LayerSpec
 from ..team import Team
 
@@ -52,16 +51,20 @@ class Site:
 
 
 class LayerFit:
-    """The least-squares problem of one layer; of many processes each has some of the images, all find one solution."""
+    """The least-squares problem of one layer; of many processes each has some of the images, all find one solution.
 
-    def __init__(self, module: Any, site: Site, x: Tensor, targets: Tensor, team: Team | None = None) -> None:
-        self.module, self.site, self.x, self.targets = module, site, x, targets
+    Args:
+        module: whose weight and bias are refitted.
+        call: how it uses them, on what it reads now.
+        targets: [N, P, O] at the site's positions.
+    """
+
+    def __init__(self, module: Any, site: Site, call: LayerCall, targets: Tensor, team: Team | None = None) -> None:
+        self.module, self.site, self.call, self.targets = module, site, call, targets
         self.team = team or Team()
-        self.depthwise = getattr(module, "groups", 1) > 1
-        window = prod(getattr(module, "kernel_size", ()))
-        channels = getattr(module, "in_channels", None) or module.in_features
-        self.unknowns = window if self.depthwise else window * channels
-        self.sets = channels if self.depthwise else 1
+        self.depthwise = call.groups > 1
+        self.unknowns = call.weight[0].numel()
+        self.sets = call.groups
 
     @torch.no_grad()
     def solve(self, ridge: float, norm: Any) -> bool:
@@ -85,11 +88,11 @@ class LayerFit:
     def _moments(self, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """XᵀX/M [S, D, D], XᵀT/M [S, D, O] and means, over the samples; S = 1, or the channels of a depthwise one."""
         d, outs = self.unknowns, 1 if self.depthwise else self.targets.shape[-1]
-        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=self.x.device)  # noqa: E731
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=self.call.x.device)  # noqa: E731
         gram, cross = zeros(self.sets, d, d), zeros(self.sets, d, outs)
         sum_x, sum_t, rows = zeros(self.sets, d), zeros(self.sets, outs), zeros(1)
         per_block = max(1, _BLOCK_ROWS // self.site.positions.shape[1])
-        for block in torch.arange(len(self.x), device=self.x.device).split(per_block):
+        for block in torch.arange(len(self.call.x), device=self.call.x.device).split(per_block):
             # Double before the products: centring cancels, and a small ridge multiplies what float32 rounds off by 1/λ.
             x, t = self._patches(block).double(), self._targets(block).double()
             gram += x.transpose(1, 2) @ x
@@ -111,11 +114,11 @@ class LayerFit:
 
     def _patches(self, block: Tensor) -> Tensor:
         """[S, M, D]: what the layer reads at the sampled positions."""
-        x, positions = self.x[block], self.site.positions.to(self.x.device)[block]
-        images = torch.arange(len(x), device=x.device)[:, None]
+        x = self.call.x[block]
+        positions, images = self.site.positions.to(x.device)[block], torch.arange(len(x), device=x.device)[:, None]
         if self.site.spec.op == "linear":
             return x.reshape(len(x), -1, x.shape[-1])[images, positions].flatten(0, 1)[None]
-        patches = _windows(x, positions, self.module)  # [M, C, K]
+        patches = self.call.windows(x, positions)  # [M, C, K]
         return patches.permute(1, 0, 2) if self.depthwise else patches.flatten(1)[None]
 
     def _columns(self) -> Tensor:
@@ -134,34 +137,3 @@ class LayerFit:
             norm.running_mean.sub_((constant - bias).to(norm.running_mean))
         else:
             self.module.bias.copy_(constant)
-
-
-def _windows(x: Tensor, positions: Tensor, conv: Any) -> Tensor:
-    """[N·P, C, K]: the windows of a convolution around flat output positions [N, P], in one to three dimensions."""
-    dims = len(conv.kernel_size)
-    pads = [p for pair in reversed(_padding(conv)) for p in pair]  # F.pad begins at the last dimension
-    padded = F.pad(x, pads, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
-    sizes = [(padded.shape[2 + i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
-             for i in range(dims)]  # fmt: skip
-    flat, rest = torch.zeros_like(positions)[..., None], positions
-    grids = torch.meshgrid(*(torch.arange(k, device=x.device) for k in conv.kernel_size), indexing="ij")
-    starts: list[Tensor] = []
-    for size in reversed(sizes):
-        starts.insert(0, rest % size)
-        rest = rest // size
-    for i in range(dims):
-        coordinate = starts[i][..., None] * conv.stride[i] + grids[i].flatten() * conv.dilation[i]
-        flat = flat * padded.shape[2 + i] + coordinate
-    maps = padded.flatten(2)  # [N, C, places]
-    index = flat.flatten(1)[:, None].expand(-1, maps.shape[1], -1)
-    taken = maps.gather(2, index).view(len(x), maps.shape[1], positions.shape[1], -1)
-    return taken.transpose(1, 2).flatten(0, 1)
-
-
-def _padding(conv: Any) -> Sequence[tuple[int, int]]:
-    if conv.padding == "valid":
-        return [(0, 0)] * len(conv.kernel_size)
-    if conv.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return [(t // 2, t - t // 2) for t in totals]
-    return [(p, p) for p in conv.padding]

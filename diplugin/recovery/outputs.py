@@ -167,7 +167,12 @@ def norms_behind(model: nn.Module, trace: NetworkTrace, layers: Iterable[str], n
     more than once has all its outputs normalised, or is left out.
     """
     watch = NormsBehind(model, layers, norms)
-    draw = torch.Generator().manual_seed(0)
     with watch.watching():
-        watch.returned(model(*(spec.example(draw).to(device_of(model)) for spec in trace.inputs)))
+        watch.returned(model(*examples_of(model, trace)))
     return watch.found()
+
+
+def examples_of(model: nn.Module, trace: NetworkTrace) -> tuple[Tensor, ...]:
+    """Random inputs like those that were traced, on the model's device; the same ones each time."""
+    draw = torch.Generator().manual_seed(0)
+    return tuple(spec.example(draw).to(device_of(model)) for spec in trace.inputs)

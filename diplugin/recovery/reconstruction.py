@@ -25,7 +25,7 @@ pruning for accelerating very deep neural networks", 2017.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,12 +36,13 @@ import torch
 from torch import Tensor, nn
 
 from ..features import Forward, device_of, forward_inputs, to_device
+from ..layer_calls import LayerCall, call_of, plain_layers
 from ..network import LayerSpec, NetworkTrace
 from ..plan import PruningPlan
 from ..team import Team, current_team
 from .layer_fit import LayerFit, Site
 from .one_batch import one_batch, rows_of
-from .outputs import OutputWatch, after_call, before_call, norms_behind, version_of
+from .outputs import OutputWatch, after_call, examples_of, norms_behind, version_of
 
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _SMALLEST_SCALE = 1e-3
@@ -97,8 +98,8 @@ def reconstruct(
 
     Returns:
         Names of the layers that were refitted. Passed over are grouped and transposed convolutions, layers that run
-        more than once or without a batch, those whose input is overwritten before a shortcut is added to their output,
-        and fits of more than 6,000 unknowns an output.
+        more than once or without a batch or do more than to multiply with their weight, those whose input is
+        overwritten before a shortcut is added to their output, and fits of more than 6,000 unknowns an output.
 
     Raises:
         DataError: the loader yields nothing, batches that cannot be joined, or features that are not finite.
@@ -121,12 +122,14 @@ def reconstruct(
 
 
 def _sites(model: nn.Module, trace: NetworkTrace, plan: PruningPlan) -> dict[str, Site]:
-    """The layers that can be refitted: convolutions and linear layers that are called once."""
+    """The layers that can be refitted: convolutions and linear layers that are called once and do nothing else."""
     gone = trace.channels_of(plan.removed, "out")
     calls = Counter(layer.name for layer in trace.layers)
     orders = {
         layer.name: order for order, layer in enumerate(trace.layers) if calls[layer.name] == 1 and _refittable(layer)
     }
+    plain = plain_layers(model, examples_of(model, trace), orders)
+    orders = {name: order for name, order in orders.items() if name in plain}
     # The mean of a BatchNorm that is called twice cannot be moved for one of the calls.
     batch_norms = [name for name, count in calls.items() if count == 1 and _is_batch_norm(model.get_submodule(name))]
     norms = norms_behind(model, trace, orders, batch_norms)
@@ -175,9 +178,6 @@ class _Watch(OutputWatch):
         super().__init__(model)
         self.sites = dict(sites)
 
-    def before(self, name: str, x: Tensor) -> None:
-        """Called before a site runs."""
-
     def after(self, name: str, y: Tensor) -> None:
         """Called after a site has run."""
 
@@ -186,7 +186,6 @@ class _Watch(OutputWatch):
 
     def hook(self, stack: ExitStack) -> None:
         for name, site in self.sites.items():
-            before_call(stack, self.modules[name], partial(self.before, name))
             after_call(stack, self.modules[name], partial(self.after, name))
             after_call(stack, self.modules[site.norm or name], partial(self.follow, name))
 
@@ -222,6 +221,15 @@ class _Targets(_Watch):
         self.shortcuts[name] = site.sampled(other)[..., site.kept.to(other.device)]
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A call that is over, how to make it again, and how often what it read had been changed in place by then."""
+
+    call: LayerCall
+    make: Callable[[], Tensor]
+    version: int
+
+
 class _Refit(_Watch):
     """Refits the pruned network's sites while it runs."""
 
@@ -230,27 +238,36 @@ class _Refit(_Watch):
         super().__init__(model, {name: site for name, site in targets.sites.items() if calls[name] == 1})
         self.targets, self.ridge, self.team = targets, ridge, team
         self.done: list[str] = []
-        self._waiting: dict[str, tuple[Tensor | None, int]] = {}
+        self._by_weight = {id(self.modules[name].weight): name for name in self.sites}
+        self._waiting: dict[str, _Waiting] = {}
 
-    def before(self, name: str, x: Tensor) -> None:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = call_of(func, args, kwargs)
+        if call is not None and id(call.weight) in self._by_weight:
+            self._calling(self._by_weight[id(call.weight)], call, partial(func, *args, **(kwargs or {})))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _calling(self, name: str, call: LayerCall, make: Callable[[], Tensor]) -> None:
+        """A site is about to use its weight: the moment to refit it."""
         if name in self.targets.shortcuts:
-            self._waiting[name] = x, version_of(x)  # its target is known once the shortcut is
+            self._waiting[name] = _Waiting(call, make, version_of(call.x))  # its target is known once the shortcut is
         else:
-            self._fit(name, x, self.targets.outputs_of.pop(name))
+            self._fit(name, call, self.targets.outputs_of.pop(name))
 
     def added(self, name: str, y: Tensor, other: Tensor) -> None:
-        x, version = self._waiting.pop(name, (None, 0))
-        if x is None or version_of(x) != version:
+        waiting = self._waiting.pop(name, None)
+        if waiting is None or version_of(waiting.call.x) != waiting.version:
             return  # what the layer read has been overwritten since
         site, norm = self.sites[name], self._norm_of(name)
         shortcut = self.targets.shortcuts.pop(name) - site.sampled(other)
-        self._fit(name, x, self.targets.outputs_of.pop(name) + shortcut / _scale(norm))
-        refitted = self.modules[name].forward(x)
+        self._fit(name, waiting.call, self.targets.outputs_of.pop(name) + shortcut / _scale(norm))
+        refitted = waiting.make()
         # In place: whoever holds the output goes on with the refitted one, and so does a sum whose value nobody takes.
         y.copy_(refitted if norm is None else norm.forward(refitted))
 
-    def _fit(self, name: str, x: Tensor, target: Tensor) -> None:
-        if LayerFit(self.modules[name], self.sites[name], x, target, self.team).solve(self.ridge, self._norm_of(name)):
+    def _fit(self, name: str, call: LayerCall, target: Tensor) -> None:
+        fit = LayerFit(self.modules[name], self.sites[name], call, target, self.team)
+        if fit.solve(self.ridge, self._norm_of(name)):
             self.done.append(name)
 
     def _norm_of(self, name: str) -> Any:
