@@ -12,9 +12,9 @@ out to so many processes, `--together` trains so many networks at once on one GP
 a folder, and with `--cut` nothing is trained: prune where there is time, train where there is a GPU.
 `--teacher .7` lets the unpruned network teach every contender, as `Distillation` does in the product by default.
 
-Contenders are torch-pruning's criteria, DI beside them and `compress`, all as users get them. `--only` may name the
-variants of `fine_tune_variants.py` too, which take our lead apart; those with measured cuts take many minutes to choose
-before they train.
+Contenders are torch-pruning's criteria, DI beside them and `compress`, all as users get them, and DI in its order for
+uniform widths that are trained afterwards. `--only` may name the variants of `fine_tune_variants.py` too, which take
+our lead apart; those with measured cuts take many minutes to choose before they train.
 
 Judged on test images. For choosing settings `--judge unfamiliar` reads training images held out of the fine-tuning and
 disguised, `--judge holdout` the same as they are, which the networks knew by heart before they were pruned: it favours
@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 from cuts import Cuts
-from fine_tune_variants import variants
+from fine_tune_variants import orders, variants
 from protocol import Data, Notebook, Row, arguments, at_least, case_of, chosen, network, print_targets, prune
 from torch import nn
 from training import Recipe, Training, train_together
@@ -51,6 +51,8 @@ SHORT = {"net": "resnet20", "fractions": (0.5, 0.3), "recipe": Recipe()}
 LONG = {"net": "resnet56", "fractions": (1 / 2.11, 1 / 2.6),
         "recipe": Recipe(epochs=100, images=45_000 - CALIBRATION, lr=0.01, milestones=(60, 80))}  # fmt: skip
 LEAD = 0.5
+#: DI where the order of channels is all that it says: as it is by default, and as it is meant for this case.
+ORDERS = ("DI, local", "DI by energy and norms, local")
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,11 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in model.state_dict().values())).hexdigest()[:16]
 
 
+def contenders() -> list[Contender]:
+    """Everybody who counts."""
+    return [*default_contenders(), *(variant for variant in orders() if variant.name in ORDERS)]
+
+
 def share_out(workers: int) -> None:
     """This command once more in every worker, each with its share of the contenders.
 
@@ -191,17 +198,18 @@ def medians(rows: Sequence[Row], setting: Setting, target: float) -> dict[str, f
 
 def targets_of(rows: Sequence[Row], setting: Setting) -> list[Row]:
     """Of what users get; variants count for nothing here."""
-    names = {contender.name for contender in default_contenders()}
+    names = {contender.name for contender in contenders()}
     targets = []
     for fraction in setting.fractions:
         table = {name: v for name, v in medians(rows, setting, fraction).items() if name in names}
         ours = [v for n, v in table.items() if n.startswith("DI")]
         others = [v for n, v in table.items() if not n.startswith("DI")]
         lead = max(ours) - max(others) if ours and others else None
-        order = table["DI, local"] - table["L2, local"] if {"DI, local", "L2, local"} <= table.keys() else None
         at = f"{setting.net}, {fraction:.0%} MACs"
-        targets += [at_least(f"{at}, points ahead of every other", LEAD, lead),
-                    at_least(f"{at}, uniform widths, points ahead of L2", 0.0, order)]  # fmt: skip
+        targets.append(at_least(f"{at}, points ahead of every other", LEAD, lead))
+        for name in ORDERS:
+            order = table[name] - table["L2, local"] if {name, "L2, local"} <= table.keys() else None
+            targets.append(at_least(f"{at}, uniform widths, {name}, points ahead of L2", 0.0, order))
         if setting.net == "resnet56":
             bound = 94.2 if fraction > 0.45 else 93.8
             targets.append(at_least(f"{at}, top-1", bound, max(ours, default=None)))
@@ -269,8 +277,9 @@ def main() -> None:
     read = {"test": data.judge, "holdout": data.holdout, "unfamiliar": data.unfamiliar}[args.judge]
     judged = read(1_000) if args.quick else read()
     book = Notebook(args.json, (*setting.key, "contender", "target", "seed"))
-    everybody = default_contenders()
-    wanted = list(chosen([*everybody, *variants()], args.only)) if args.only else everybody
+    everybody = contenders()
+    others = [variant for variant in variants() if variant.name not in ORDERS]
+    wanted = list(chosen([*everybody, *others], args.only)) if args.only else everybody
     if args.workers > 1 and args.worker is None:
         share_out(args.workers)
         book = Notebook(args.json, book.keys)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from uniform_widths import Uniform, di_losses, norms
 
 from diplugin.contenders import Compress, Contender, drop_in
-from diplugin.ranking import ByAll, ByBoth, ByEnergy
+from diplugin.ranking import BY_ENERGY_AND_NORMS, ByAll, ByBoth
 from diplugin.recovery import Recalibrate, Reconstruct
 from diplugin.recovery.reconstruction import Reconstruction
 from diplugin.strategies import MeasuredCuts, OneShot
@@ -40,7 +40,7 @@ def without_norms() -> list[Contender]:
 
 def orders() -> list[Contender]:
     """The drop-in in other orders: at uniform widths, where the order is all that it has to say, and at DI's own."""
-    kinds = {"norms twice": ByAll(weight=2.0), "energy and norms": ByAll(ByEnergy())}
+    kinds = {"norms twice": ByAll(weight=2.0), "energy and norms": BY_ENERGY_AND_NORMS}
     scopes = {"local": False, "global": True}
     return [
         drop_in(f"DI by {name}, {scope}", everywhere, ranking=kind)

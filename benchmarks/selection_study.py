@@ -26,7 +26,7 @@ from torch import nn
 from diplugin.compare import compare
 from diplugin.contenders import Compress, Contender, drop_in
 from diplugin.fitted_scores import MACs
-from diplugin.ranking import ByAll, ByBoth, ByEnergy, ByLoss
+from diplugin.ranking import BY_ENERGY_AND_NORMS, ByAll, ByBoth, ByEnergy, ByLoss
 from diplugin.recovery import Compensate, Cut, Recalibrate, Reconstruct, Repair, recalibrate_batchnorm
 from diplugin.recovery.reconstruction import Reconstruction
 from diplugin.search import SearchLimits
@@ -45,7 +45,7 @@ def drop_ins() -> list[Contender]:
         "loss per MAC, ranked by loss": {"ranking": ByLoss(), "per_cost": MACs()},
         "ranked by energy": {"ranking": ByEnergy()},
         "ranked by norms too": {"ranking": ByAll()},
-        "ranked by energy and norms": {"ranking": ByAll(ByEnergy())},
+        "ranked by energy and norms": {"ranking": BY_ENERGY_AND_NORMS},
         "no floor": {"floor": 0.0},
         "rho 1": {"rho": 1.0},
         "rho 100": {"rho": 100.0},
@@ -83,7 +83,7 @@ def refits() -> list[Contender]:
         "ranked by loss": once(ranking=ByLoss()),
         "ranked by energy": once(ranking=ByEnergy()),
         "ranked by norms too": once(ranking=ByAll()),
-        "ranked by energy and norms": once(ranking=ByAll(ByEnergy())),
+        "ranked by energy and norms": once(ranking=BY_ENERGY_AND_NORMS),
         "rho 1": once(rho=1.0),
         "rho 100": once(rho=100.0),
         "layer output": once(tap=AtLayer()),

@@ -66,6 +66,11 @@ class ByAll:
         return values if norms is None else _ranks(values) + self.weight * _ranks(norms.to(values.device))
 
 
+#: The order for one ratio in all layers and a training afterwards, where it recovers as well as the largest filters;
+#: before a training, and where the losses choose the widths, `ByAll()` keeps more.
+BY_ENERGY_AND_NORMS = ByAll(ByEnergy())
+
+
 def _ranks(values: Tensor) -> Tensor:
     return values.argsort(stable=True).argsort(stable=True).double()
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diplugin.ranking import ByAll, ByBoth, ByEnergy, ByLoss, hand_out, lift_best
+from diplugin.ranking import BY_ENERGY_AND_NORMS, ByAll, ByBoth, ByEnergy, ByLoss, hand_out, lift_best
 
 numbers = st.lists(st.floats(0.0, 10.0, allow_subnormal=False), min_size=2, max_size=12)
 
@@ -49,7 +49,7 @@ def test_norms_may_count_more_and_others_be_heard_beside_them() -> None:
     losses, energies = torch.tensor([1.0, 4.0, 2.0, 3.0]).double(), torch.tensor([9.0, 1.0, 2.0, 3.0]).double()
     norms = torch.tensor([300.0, 200.0, 0.1, 100.0]).double()
     assert ByAll(ByLoss(), weight=2.0)(losses, energies, norms).tolist() == [0 + 6, 3 + 4, 1 + 0, 2 + 2]
-    assert ByAll(ByEnergy())(losses, energies, norms).tolist() == [3 + 3, 0 + 2, 1 + 0, 2 + 1]
+    assert BY_ENERGY_AND_NORMS(losses, energies, norms).tolist() == [3 + 3, 0 + 2, 1 + 0, 2 + 1]
 
 
 def test_a_floor_of_nothing_changes_nothing() -> None:
