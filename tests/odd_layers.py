@@ -26,6 +26,15 @@ class Standardises(nn.Conv2d):
         return self._conv_forward(input, (self.weight - mean) / (std + 1e-5), self.bias)
 
 
+class NormAct(nn.BatchNorm2d):
+    """A BatchNorm with an activation of its own, in place where told so."""
+
+    inplace = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(super().forward(input), inplace=self.inplace)
+
+
 class Adapted(nn.Linear):
     """A low-rank product beside its own."""
 

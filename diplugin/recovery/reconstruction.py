@@ -24,6 +24,7 @@ pruning for accelerating very deep neural networks", 2017.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -33,6 +34,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..features import Forward, device_of, forward_inputs, to_device
@@ -45,6 +47,7 @@ from .one_batch import one_batch, rows_of
 from .outputs import OutputWatch, after_call, examples_of, norms_behind, version_of
 
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+_BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 _SMALLEST_SCALE = 1e-3
 
 
@@ -177,6 +180,7 @@ class _Watch(OutputWatch):
     def __init__(self, model: nn.Module, sites: Mapping[str, Site]) -> None:
         super().__init__(model)
         self.sites = dict(sites)
+        self._affine: tuple[weakref.ref[Tensor], int] | None = None
 
     def after(self, name: str, y: Tensor) -> None:
         """Called after a site has run."""
@@ -187,12 +191,22 @@ class _Watch(OutputWatch):
     def hook(self, stack: ExitStack) -> None:
         for name, site in self.sites.items():
             after_call(stack, self.modules[name], partial(self.after, name))
-            after_call(stack, self.modules[site.norm or name], partial(self.follow, name))
+            after_call(stack, self.modules[site.norm or name], partial(self._gives, name))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _ADDITIONS and len(args) == 2 and not kwargs:
             self._add(*args)
-        return super().__torch_function__(func, types, args, kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func in _BATCH_NORMS:
+            self._affine = weakref.ref(result), version_of(result)
+        return result
+
+    def _gives(self, name: str, y: Tensor) -> None:
+        output = self.follow(name, y)
+        if self.sites[name].norm is not None:
+            made, version = self._affine or (lambda: None, 0)
+            # A norm with an activation of its own: what is added behind that cannot be mended in front of it.
+            output.read = made() is not y or version_of(y) != version
 
     def _add(self, a: Any, b: Any) -> None:
         if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a is b:
