@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from .modes import evaluating
 
@@ -128,7 +129,7 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 
 
 class _CallWatch(TorchFunctionMode):
-    """Holds on to the last call and what it gave, and counts how often each weight was used."""
+    """Holds on to the last call and what it gave, and counts how often each parameter was used, by whomever."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +140,10 @@ class _CallWatch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if (call := call_of(func, args, kwargs)) is not None:
             self.last = call, result
-            self.uses[id(call.weight)] += 1
+        # An embedding may look its rows up in a classifier's weight, a decoder may turn an encoder's around. Shapes and
+        # types that are asked for make no tensor.
+        if any(isinstance(x, Tensor) for x in pytree.tree_leaves(result)):
+            self.uses.update(id(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, nn.Parameter))
         return result
 
     def taken(self, y: Any) -> LayerCall | None:

@@ -96,6 +96,11 @@ def after_an_unused_layer(net: Any, x: Tensor) -> Tensor:
     return net.norm(x * 2)
 
 
+def turned_around(net: Any, x: Tensor) -> Tensor:
+    """As autoencoders decode with what they encode with."""
+    return F.conv_transpose2d(F.relu(net.norm(net.layer(x))), net.layer.weight, padding=1)
+
+
 def conv() -> nn.Module:
     return nn.Conv2d(3, 3, 3, padding=1, bias=False)
 
@@ -128,6 +133,7 @@ CASES = [
     (returned_as_well, conv(), nn.BatchNorm2d(3), IMAGES, 1),
     (partly_overwritten, conv(), nn.BatchNorm2d(3), IMAGES, 1),
     (added_to_itself, conv(), nn.BatchNorm2d(3), IMAGES, 1),
+    (turned_around, conv(), nn.BatchNorm2d(3), IMAGES, 1),
     (after_an_unused_layer, conv(), nn.BatchNorm2d(3), IMAGES, 1),
 ]  # fmt: skip
 

@@ -84,6 +84,43 @@ def test_it_comes_nearer_to_the_unpruned_outputs(
     assert str(state_of(model)) == str(before), "the unpruned network is left as it was"
 
 
+class Words(nn.Module):
+    """Scores words by the table that it looks them up in, or by a matrix that merely equals it."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.table, self.inner, self.outer = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.head = nn.Linear(6, 9, bias=False)
+        self.head.weight = self.table.weight if tied else nn.Parameter(self.table.weight.detach().clone())
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.table(words)
+        return self.head(x + self.outer(F.relu(self.inner(x)))).mean(1)
+
+
+def test_a_table_that_words_are_looked_up_in_is_left() -> None:
+    """Fitted as the weight of the head it would be another table."""
+    torch.manual_seed(0)
+    model, words = Words(tied=True).eval(), torch.randint(0, 9, (40, 5))
+    apart = Words(tied=False).eval()
+    apart.load_state_dict(model.state_dict())
+    (mended, done), (twin, all_done) = (refitted_inside(m, words) for m in (model, apart))
+    assert done == ("inner", "outer") and all_done == (*done, "head")
+    with torch.no_grad():
+        twin.get_submodule("head").weight.copy_(model.table.weight)
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(mended.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def refitted_inside(model: nn.Module, words: Tensor) -> tuple[nn.Module, tuple[str, ...]]:
+    """Half of the channels of `inner`, refitted, and the layers that were."""
+    trace = trace_network(model, (words[:1],))
+    kept = {name: tuple(range(4 if name == "inner" else count)) for name, count in trace.base_widths.items()}
+    plan = PruningPlan(kept, trace.base_widths, {}, trace.inputs)
+    pruned = apply_plan(copy.deepcopy(model), plan)
+    return pruned, reconstruct(pruned, model, [(words,)], trace, plan, Reconstruction(images=40, samples=4000))
+
+
 def test_a_large_network_is_fitted_on_what_fits_the_memory(make_net: MakeNet) -> None:
     model, inputs = make_net("residual")
     trace, plan = half_of(model, inputs)

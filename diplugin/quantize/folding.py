@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..errors import ModelError
+from ..layer_calls import plain_layers
 from ..recovery.outputs import NormsBehind, after_call, before_call
 
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -82,12 +83,15 @@ def folds(model: nn.Module, example_inputs: tuple[Any, ...]) -> Iterator[Fold]:
     try:
         with watch.watching():
             watch.returned(model(*example_inputs))
+        found = watch.found()
+        # A weight that is used in another place too, in a decoder say, would be scaled there as well.
+        plain = plain_layers(model, example_inputs, found)
     except Exception as error:
         raise ModelError(f"expected a model that runs on the example inputs, got {error}") from error
     calls = Counter({name: len(tensors) for name, tensors in watch.seen.items()})
-    for name, behind in watch.found().items():
+    for name, behind in found.items():
         layer, norm = watch.modules[name], watch.modules[behind]
-        if calls[name] == calls[behind] == 1 and len(layer.weight) == norm.num_features:
+        if name in plain and calls[name] == calls[behind] == 1 and len(layer.weight) == norm.num_features:
             weight, bias = fuse_conv_bn_weights(
                 layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
