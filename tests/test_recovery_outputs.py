@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from diplugin.network import trace_network
 from diplugin.plan import PruningPlan
-from diplugin.recovery import compensate
+from diplugin.recovery import compensate, reconstruct
 from diplugin.recovery.outputs import norms_behind
+from diplugin.surgery import apply_plan
 
 IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -124,6 +126,41 @@ class Reader(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.reader(F.relu(self.first(x)))
         return self.head(self.norm(x + y)) + (x + y)[:, :2] if self.summed else self.head(self.norm(y))
+
+
+class Tokens(nn.Module):
+    """What a linear layer says of each of so many tokens, normalised by token; its value passes a copy if told so."""
+
+    def __init__(self, tokens: int, bias: bool, copied: bool) -> None:
+        super().__init__()
+        self.copied = copied
+        self.first, self.reader = nn.Linear(5, 8), nn.Linear(8, 6, bias=bias)
+        self.norm, self.head = nn.BatchNorm1d(tokens), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.reader(F.relu(self.first(x)))
+        return self.head(F.relu(self.norm(y.clone() if self.copied else y)).mean(1))
+
+
+@pytest.mark.parametrize("tokens", [4, 6])  # as many as channels, too
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("repair", [reconstruct, compensate])
+def test_a_norm_of_tokens_is_not_one_of_channels(tokens: int, bias: bool, repair: Any) -> None:
+    """A constant of a channel is none of its: the twin, whose norm reads a copy, is repaired alike."""
+    x = torch.randn(40, tokens, 5, generator=torch.Generator().manual_seed(0)) + 1
+    states = []
+    for copied in (False, True):
+        torch.manual_seed(0)
+        model = Tokens(tokens, bias, copied).eval()
+        trace = trace_network(model, (x[:1],))
+        plan = PruningPlan({**{n: tuple(range(c)) for n, c in trace.base_widths.items()}, "first": (0, 1, 2)},
+                           trace.base_widths, {}, trace.inputs)  # fmt: skip
+        repaired = apply_plan(copy.deepcopy(model), plan) if repair is reconstruct else model
+        others = (model,) if repair is reconstruct else ()
+        assert "reader" in repair(repaired, *others, [(x, torch.zeros(40))], trace, plan)
+        states.append(repaired.state_dict())
+    for name, value in states[1].items():
+        torch.testing.assert_close(states[0][name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("summed", [False, True])

@@ -135,7 +135,10 @@ class NormsBehind(OutputWatch):
         output.norm = None
 
     def _enter(self, norm: str, x: Tensor) -> None:
-        self._entering[norm] = self.unread(x)
+        output = self.unread(x)
+        # Channels are a norm's second dimension and a linear layer's last: those of [N, tokens, C] are not the same.
+        linear = output is not None and isinstance(self.modules[output.layer], nn.Linear)
+        self._entering[norm] = None if linear and x.ndim > 2 else output
 
     def _leave(self, norm: str, _: Tensor) -> None:
         output = self._entering.pop(norm)
