@@ -67,7 +67,7 @@ class ByAll:
 
 
 #: The order for one ratio in all layers and a training afterwards, where it recovers as well as the largest filters;
-#: before a training, and where the losses choose the widths, `ByAll()` keeps more.
+#: where the losses choose the widths it does no better than `ByAll()`, and keeps less of a hard cut before a training.
 BY_ENERGY_AND_NORMS = ByAll(ByEnergy())
 
 
