@@ -32,7 +32,7 @@ class LayerCall:
     """One convolution, transposed convolution or product with a matrix.
 
     Attributes:
-        x: [N, C, *sizes] for a convolution, [*rows, C] for a product.
+        x: [N, C, *sizes] for a convolution, N = 1 for an image without a batch; [*rows, C] for a product.
         weight, bias: as they were used.
         transposed: a transposed convolution.
         stride, dilation: one number a dimension; empty for a product.
@@ -102,6 +102,7 @@ def call_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) 
     if func is F.linear:
         return LayerCall(x, weight, bias)
     dims = weight.ndim - 2
+    x = x if x.ndim == weight.ndim else x.unsqueeze(0)
     stride, dilation = (_each(given.get(name, 1), dims) for name in ("stride", "dilation"))
     padding = given.get("padding", 0)
     if padding == "same":
@@ -124,8 +125,24 @@ def set_call(layer: Any, x: Tensor) -> LayerCall:
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Iterable) else (value,)  # NumPy's integers are no `int`
     return values * dims if len(values) == 1 else values
+
+
+def version_of(x: Tensor) -> int:
+    """How often a tensor has been changed in place; under `torch.inference_mode` nobody counts."""
+    return 0 if x.is_inference() else x._version
+
+
+def tensors_read(result: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> list[Tensor]:
+    """Of which of its arguments a function of torch has made another tensor.
+
+    Shapes and devices do not read, nor does what hands its argument on, as dropout does in eval mode and a cast to the
+    type that a tensor has.
+    """
+    made = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+    given = pytree.tree_leaves((args, kwargs)) if made else []
+    return [x for x in given if isinstance(x, Tensor) and not any(x is y for y in made)]
 
 
 class _CallWatch(TorchFunctionMode):
@@ -133,23 +150,21 @@ class _CallWatch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.last: tuple[LayerCall | None, Any] = None, None
+        self.last: tuple[LayerCall, Tensor, int] | None = None
         self.uses: Counter[int] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if (call := call_of(func, args, kwargs)) is not None:
-            self.last = call, result
-        # An embedding may look its rows up in a classifier's weight, a decoder may turn an encoder's around. Shapes and
-        # types that are asked for make no tensor.
-        if any(isinstance(x, Tensor) for x in pytree.tree_leaves(result)):
-            self.uses.update(id(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, nn.Parameter))
+            self.last = call, result, version_of(result)
+        # An embedding may look its rows up in a classifier's weight, a decoder may turn an encoder's around.
+        self.uses.update(id(x) for x in tensors_read(result, args, kwargs) if isinstance(x, nn.Parameter))
         return result
 
     def taken(self, y: Any) -> LayerCall | None:
-        """The call that made this very output, if it was the last one; it is let go of."""
-        (call, result), self.last = self.last, (None, None)
-        return call if result is y else None
+        """The call that made this very output, if it was the last one and nothing has changed it since; let go of."""
+        last, self.last = self.last, None
+        return last[0] if last is not None and last[1] is y and last[2] == version_of(y) else None
 
 
 @contextmanager
@@ -177,10 +192,11 @@ def watching_calls(
 
 @torch.no_grad()
 def plain_layers(model: nn.Module, inputs: tuple[Any, ...], layers: Iterable[str]) -> set[str]:
-    """Those of these layers that multiply with the weight they hold, add their bias, and do nothing else.
+    """Those of these layers that multiply with the weight they hold, add their bias, and do nothing behind that.
 
     Only their weights can be fitted or folded into. A weight that is standardised first, computed from parameters, or
-    used in another place too, is not theirs alone.
+    used in another place too, is not theirs alone. Their inputs they may pad, or prepare in other ways: what they
+    multiply is the call's `x`.
     """
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
     runs: Counter[str] = Counter()

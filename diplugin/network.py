@@ -232,7 +232,7 @@ def _padding(module: Any, x: Tensor, y: Tensor, call: LayerCall | None) -> tuple
     dims, found = len(call.kernel), []
     sides = zip(call.padding, call.kernel, call.stride, call.dilation, strict=True)
     for i, ((before, behind), k, s, d) in enumerate(sides, start=-dims):
-        total = call.x.shape[i] - x.shape[i] + before + behind
+        total = max(0, call.x.shape[i] - x.shape[i] + before + behind)  # a layer may make its map smaller first
         more = (x.shape[i] + 2 * ((total + 1) // 2) - d * (k - 1) - 1) // s + 1
         found.append((total + 1) // 2 if more == y.shape[i] else total // 2)
     return tuple(found)

@@ -35,6 +35,34 @@ class NormAct(nn.BatchNorm2d):
         return F.relu(super().forward(input), inplace=self.inplace)
 
 
+class Activates(nn.Conv2d):
+    """With an activation of its own, in place."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(super().forward(input), inplace=True)
+
+
+class Casts(nn.Linear):
+    """Its weight to the type of what it reads, often the one that it has."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype), self.bias)
+
+
+class Squares(nn.Conv2d):
+    """Of the squares of what it is given."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.square())
+
+
+class Pools(nn.Conv2d):
+    """Of a smaller map than it is given."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.avg_pool2d(input, 4))
+
+
 class Adapted(nn.Linear):
     """A low-rank product beside its own."""
 

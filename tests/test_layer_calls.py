@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from odd_layers import Adapted, PadsItself, Standardises
+from odd_layers import Activates, Adapted, Casts, PadsItself, Squares, Standardises
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.overrides import _get_current_function_mode_stack
 
 from diplugin.layer_calls import LayerCall, call_of, plain_layers, set_call, watching_calls
 
@@ -32,6 +34,7 @@ def seen(layer: nn.Module, x: Tensor) -> tuple[LayerCall | None, Tensor]:
     padding=st.sampled_from([0, 1, "same", "valid"]), groups=st.sampled_from([1, 2]), itself=st.booleans(),
     mode=st.sampled_from(["zeros", "reflect", "circular"]), seed=st.integers(0, 999),
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # once in a process
 def test_windows_times_the_weight_are_the_output(
     dims: int, kernel: int, stride: int, dilation: int, padding: Any, groups: int, itself: bool, mode: str, seed: int
 ) -> None:
@@ -76,7 +79,20 @@ def test_arguments_by_name_and_by_place() -> None:
     assert by_place is not None and by_name is not None
     assert by_place.padding == by_name.padding == ((1, 1), (0, 0))
     assert (by_place.stride, by_place.dilation, by_place.groups) == (by_name.stride, (1, 1), 2)
+    numbers = call_of(F.conv2d, (x, w), {"stride": np.int64(2), "padding": (np.int64(1), 0), "groups": 2})
+    assert numbers is not None and (numbers.stride, numbers.padding) == (by_place.stride, by_place.padding)
     assert call_of(F.relu, (x,), {}) is None and call_of(F.conv2d, (x, w), {"groups": 2}) is not None
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv1d(3, 4, 3), nn.Conv2d(3, 4, 3, 2, 1, padding_mode="reflect"), nn.ConvTranspose2d(3, 4, 2)]
+)
+def test_an_image_without_its_batch_is_a_batch_of_one(layer: Any) -> None:
+    x = torch.randn(1, 3, *[9] * len(layer.kernel_size))
+    batched, _ = seen(layer, x)
+    alone, _ = seen(layer, x[0])
+    assert batched is not None and alone is not None
+    assert torch.equal(alone.x, batched.x) and torch.equal(set_call(layer, x[0]).x, set_call(layer, x).x)
 
 
 class Net(nn.Module):
@@ -98,12 +114,22 @@ def tied(layer: nn.Linear) -> Net:
     return net
 
 
+def tied_to_tokens(layer: nn.Linear) -> Net:
+    net = Net(layer, lambda net, x: net.layer(net.tokens((x > 0).long().argmax(1))))
+    net.tokens = nn.Embedding(6, 6)
+    net.tokens.weight = layer.weight
+    return net
+
+
 IMAGE, ROW = torch.randn(2, 3, 8, 8), torch.randn(2, 6)
 PLAIN: dict[str, tuple[nn.Module, Tensor]] = {
     "convolution": (Net(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), IMAGE),
     "transposed": (Net(nn.ConvTranspose2d(3, 4, 2, 2)), IMAGE),
     "linear without a bias": (Net(nn.Linear(6, 5, bias=False)), ROW),
     "pads itself": (Net(PadsItself(3, 4, 3, 2)), IMAGE),
+    "asked for its type": (Net(nn.Linear(6, 6), lambda net, x: net.layer(x.to(net.layer.weight.dtype))), ROW),
+    "casts to the type it has": (Net(Casts(6, 5)), ROW),
+    "of squares": (Net(Squares(3, 4, 3)), IMAGE),
     "called twice": (Net(nn.Linear(6, 6), lambda net, x: net.layer(net.layer(x))), ROW),
 }
 NOT_PLAIN: dict[str, tuple[nn.Module, Tensor]] = {
@@ -111,6 +137,9 @@ NOT_PLAIN: dict[str, tuple[nn.Module, Tensor]] = {
     "parametrized": (Net(weight_norm(nn.Linear(6, 5))), ROW),
     "adapted": (Net(Adapted(6, 5)), ROW),
     "tied": (tied(nn.Linear(6, 6)), ROW),
+    "activates in place": (Net(Activates(3, 4, 3)), IMAGE),
+    "tied to an embedding": (tied_to_tokens(nn.Linear(6, 6)), ROW),
+    "part of a product": (Net(nn.Linear(6, 6), lambda net, x: net.layer(x) @ net.layer.weight), ROW),
     "used elsewhere": (Net(nn.Linear(6, 6), lambda net, x: F.linear(net.layer(x), net.layer.weight)), ROW),
     "never run": (Net(nn.Linear(6, 6), lambda net, x: net.other(x)), ROW),
 }
@@ -133,3 +162,17 @@ def test_a_hook_that_changes_the_output_is_seen() -> None:
     net = Net(nn.Linear(6, 6))
     net.layer.register_forward_hook(lambda _m, _a, y: 2 * y)
     assert plain_layers(net, (ROW,), ["layer"]) == set()
+
+
+def test_a_hook_that_changes_the_output_in_place_is_seen() -> None:
+    net = Net(nn.Linear(6, 6))
+    net.layer.register_forward_hook(lambda _m, _a, y: y.mul_(2))
+    assert plain_layers(net, (ROW,), ["layer"]) == set()
+
+
+def test_a_network_that_fails_is_left_as_it_was() -> None:
+    net = Net(nn.Linear(6, 6), lambda net, x: net.other(net.layer(x)[:, :5])).train()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        plain_layers(net, (ROW,), ["layer"])
+    assert net.training and not net.get_submodule("layer")._forward_hooks
+    assert not _get_current_function_mode_stack()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from odd_layers import PadsItself
+from odd_layers import PadsItself, Pools
 from tiny_networks import KINDS
 from torch import Tensor, nn
 
@@ -118,6 +118,11 @@ def test_keys_of_layers_that_pad_themselves_have_their_output_size(stride: int, 
     model = PadsItself(3, 4, (3, 5), stride)
     key = op_key(layer(model, "", (x,)), 3, 4)
     assert key.output_size == tuple(model(x).shape[2:])
+
+
+def test_a_layer_that_makes_its_map_smaller_first_has_no_negative_padding() -> None:
+    spec = layer(Pools(3, 4, 3, padding=1), "", (torch.randn(1, 3, 16, 16),))
+    assert (spec.padding, spec.output_shape) == ((0, 0), (1, 4, 4, 4))
 
 
 def test_what_a_spec_says_about_a_layer() -> None:

@@ -60,3 +60,13 @@ def test_without_a_norm_outputs_weigh_alike() -> None:
         layer(x)
         layer(x)
     torch.testing.assert_close(meter.energies()[""], 2 * one_by_one(layer, x, torch.ones(3)), rtol=1e-4, atol=1e-8)
+
+
+@torch.no_grad()
+def test_images_without_a_batch_add_up() -> None:
+    layer, x = nn.Conv2d(4, 3, 3, padding=1), torch.randn(2, 4, 7, 7)
+    with measuring(layer, {"": layer}) as meter:
+        for image in x:
+            layer(image)
+    want = sum(one_by_one(layer, image[None], torch.ones(3)) for image in x)
+    torch.testing.assert_close(meter.energies()[""], want, rtol=1e-4, atol=1e-8)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from odd_layers import Standardises
+from odd_layers import PadsItself, Squares, Standardises
 from torch import Tensor, nn
 
 from diplugin.errors import DataError
@@ -158,6 +158,26 @@ def test_readers_that_do_more_than_multiply_are_passed_over(make_images: Any) ->
     before = copy.deepcopy(model.state_dict())
     assert compensate(model, images.loader(20), trace, plan_of(trace, **{"0": (0, 1, 2)})) == ()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square()
+
+
+@pytest.mark.parametrize(
+    ("reader", "before"), [(Squares(6, 5, 3), Square()), (PadsItself(6, 5, 3, 2), nn.ZeroPad2d((0, 1, 0, 1)))]
+)
+def test_readers_that_prepare_what_they_read(make_images: Any, reader: Any, before: nn.Module) -> None:
+    """As where a module of its own does that."""
+    plain = nn.Conv2d(6, 5, reader.kernel_size, reader.stride)
+    plain.load_state_dict(reader.state_dict())
+    first, images = nn.Conv2d(3, 6, 3, padding=1), make_images(40)
+    for layers in ([first, reader], [copy.deepcopy(first), before, plain]):
+        model = nn.Sequential(*layers)
+        trace = trace_network(model, (images.images[:1],), verify=False)
+        assert compensate(model, images.loader(20), trace, plan_of(trace, **{"0": (0, 1, 2)}))
+    torch.testing.assert_close(dict(reader.named_parameters()), dict(plain.named_parameters()))
 
 
 def test_a_plan_that_keeps_all_needs_no_data(make_net: MakeNet) -> None:

@@ -287,6 +287,21 @@ def test_a_forward_that_calls_the_network_twice_leaves_its_layers() -> None:
     assert_same_weights(plain, twice[0])
 
 
+def test_a_forward_that_uses_a_weight_once_more_changes_nothing() -> None:
+    """To regularise it, say; what it is behind the network is no part of the network."""
+    model, x = net_of(Form()), images_of(Form(), 40)
+    first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+
+    def forward(net: nn.Module, batch: Any) -> Tensor:
+        weight: Any = net.get_submodule(first).weight
+        return net(batch[0]).sum() + F.conv2d(weight, weight).sum()
+
+    mended, done = refitted(model, [(x,)], x[:1], forward=forward)
+    twin, same = refitted(model, [(x,)], x[:1])
+    assert first in done and done == same
+    assert_same_weights(twin, mended)
+
+
 def test_batches_with_names_beside_tensors() -> None:
     """Lists of names, nested ones too, are joined and cut with the images; the refit is that of the images alone."""
     model, x = net_of(Form()), images_of(Form(), 50)

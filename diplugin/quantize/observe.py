@@ -134,7 +134,7 @@ def _look(
         statistics.patches += patches.shape[1]
     statistics.macs = output[0].numel() / call.weight.shape[0] * call.weight[0].numel()
     statistics.call = replace(call, x=call.x.new_empty(0))
-    if len(x) == len(targets):  # a layer that sees something else than images tells nothing of labels here
+    if len(call.x) == len(targets):  # a layer that sees something else than images tells nothing of labels here
         statistics.label_images.append(_label_images(call.x, output, targets, rho))
 
 

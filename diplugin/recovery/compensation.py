@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import DataError
 from ..features import Forward, chunks, device_of, forward_inputs, to_device
-from ..layer_calls import plain_layers
+from ..layer_calls import LayerCall, plain_layers, watching_calls
 from ..modes import evaluating
 from ..network import NetworkTrace
 from ..plan import PruningPlan
@@ -126,31 +126,21 @@ def _input_moments(
     model: nn.Module, loader: Iterable[Any], readers: Sequence[_Reader], images: int, forward: Forward
 ) -> dict[str, _Moments]:
     moments = {r.name: _Moments(len(r.kept) + len(r.gone)) for r in readers}
-    handles = []
     team = current_team(loader)
 
-    def watch(name: str, module: nn.Module) -> None:
-        channel_dim = -1 if isinstance(module, nn.Linear) else 1
+    def see(name: str, _x: Any, _y: Any, call: LayerCall | None) -> None:
+        if call is not None:
+            moments[name].add(call.x, 1 if call.kernel else -1)
 
-        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            moments[name].add(next(iter((*args, *kwargs.values()))), channel_dim)
-
-        handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
-
-    try:
-        for reader in readers:
-            watch(reader.name, model.get_submodule(reader.name))
-        seen = 0
-        with evaluating(model), torch.no_grad(), team.together():
-            for turn, batch in enumerate(chunks(loader) if readers else ()):
-                if team.mine(turn):
-                    forward(model, to_device(batch, device_of(model)))
-                seen += next(len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
-                if seen >= images:
-                    break
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules = {reader.name: model.get_submodule(reader.name) for reader in readers}
+    seen = 0
+    with evaluating(model), torch.no_grad(), watching_calls(modules, see), team.together():
+        for turn, batch in enumerate(chunks(loader) if readers else ()):
+            if team.mine(turn):
+                forward(model, to_device(batch, device_of(model)))
+            seen += next(len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
+            if seen >= images:
+                break
     if readers and not seen:
         raise DataError("expected a loader that yields batches to compensate with, got an empty one")
     counts = torch.tensor([m.count for m in moments.values()], dtype=torch.float64)

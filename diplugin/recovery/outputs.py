@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..features import device_of
+from ..layer_calls import tensors_read, version_of
 from ..modes import evaluating
 from ..network import NetworkTrace
 
@@ -83,18 +84,11 @@ class OutputWatch(TorchFunctionMode, ABC):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        # Shapes and devices do not read, nor does what hands its argument on, as dropout does in eval mode.
-        made = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
-        for x in pytree.tree_leaves((args, kwargs)) if made else ():
+        for x in tensors_read(result, args, kwargs):
             output = self._known(x)
-            if output is not None and not any(x is y for y in made):
+            if output is not None:
                 self.read(output)
         return result
-
-
-def version_of(x: Tensor) -> int:
-    """How often a tensor has been changed in place; under `torch.inference_mode` nobody counts."""
-    return 0 if x.is_inference() else x._version
 
 
 def before_call(stack: ExitStack, module: nn.Module, act: Callable[[Tensor], object]) -> None:

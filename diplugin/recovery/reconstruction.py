@@ -38,13 +38,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..features import Forward, device_of, forward_inputs, to_device
-from ..layer_calls import LayerCall, call_of, plain_layers
+from ..layer_calls import LayerCall, call_of, plain_layers, version_of
 from ..network import LayerSpec, NetworkTrace
 from ..plan import PruningPlan
 from ..team import Team, current_team
 from .layer_fit import LayerFit, Site
 from .one_batch import one_batch, rows_of
-from .outputs import OutputWatch, after_call, examples_of, norms_behind, version_of
+from .outputs import OutputWatch, after_call, examples_of, norms_behind
 
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
@@ -257,8 +257,10 @@ class _Refit(_Watch):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = call_of(func, args, kwargs)
-        if call is not None and id(call.weight) in self._by_weight:
-            self._calling(self._by_weight[id(call.weight)], call, partial(func, *args, **(kwargs or {})))
+        # Once: a `forward` may use a weight again behind the network.
+        name = None if call is None else self._by_weight.pop(id(call.weight), None)
+        if call is not None and name is not None:
+            self._calling(name, call, partial(func, *args, **(kwargs or {})))
         return super().__torch_function__(func, types, args, kwargs)
 
     def _calling(self, name: str, call: LayerCall, make: Callable[[], Tensor]) -> None:
