@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any, Literal
 
+import torch
 import torch_pruning as tp
 from torch import nn
 from torch_pruning.ops import OPTYPE
@@ -225,7 +226,8 @@ def remove_channels(
 ) -> nn.Module:
     """Physically remove root channels of the named groups, in place; returns the model.
 
-    Parameters are replaced: an optimizer made before this call no longer trains the model.
+    Parameters are replaced: an optimizer made before this call no longer trains the model. One that several modules
+    share stays one, unless they lose different channels of it.
 
     Raises:
         ModelError: the model does not run on the example inputs.
@@ -233,6 +235,7 @@ def remove_channels(
     """
     graph = dependency_graph(model, example_inputs)
     modules = dict(model.named_modules())
+    shared = shared_parameters(model)
     with frozen_kept(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, channels in removed.items():
@@ -247,4 +250,23 @@ def remove_channels(
             if max(channels) >= width or min(channels) < 0 or len(set(channels)) >= width:
                 raise PlanError(f"expected channels of {name!r} below {width} with one left over, got {list(channels)}")
             graph.get_pruning_group(module, pruner.prune_out_channels, sorted(channels)).prune(record_history=False)
+        _share_again(model, shared)
     return model
+
+
+def shared_parameters(model: nn.Module) -> list[tuple[str, ...]]:
+    """All names of every parameter that has several, as a table of words that also scores them does."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [tuple(found) for found in names.values() if len(found) > 1]
+
+
+def _share_again(model: nn.Module, shared: Sequence[tuple[str, ...]]) -> None:
+    """torch-pruning gives every module a parameter of its own; those that come out alike are one again."""
+    for first, *others in shared:
+        parameter = model.get_parameter(first)
+        for name in others:
+            other, (owner, _, leaf) = model.get_parameter(name), name.rpartition(".")
+            if other.shape == parameter.shape and torch.equal(other, parameter):
+                setattr(model.get_submodule(owner), leaf, parameter)

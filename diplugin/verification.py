@@ -2,7 +2,8 @@
 
 The copy must equal the original in which nobody reads those channels any more, and in which LayerNorms and GroupNorms
 take their statistics over the others. A dependency that no graph sees (a shuffle, an index, a feature that is also
-returned) shows as a difference, and the group is left alone.
+returned) shows as a difference, and the group is left alone. So is one whose removal leaves two weights where there
+was one: the network would be larger than predicted, and trained as another.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from .dependency import tensors_of, traceable
 from .errors import first_line
-from .groups import ChannelGroup, remove_channels
+from .groups import ChannelGroup, remove_channels, shared_parameters
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _OVER_CHANNELS = ("layer_norm", "group_norm")
@@ -56,6 +57,8 @@ def _removal_fault(model: nn.Module, inputs: tuple[Any, ...], groups: Sequence[C
                 got = tensors_of(pruned.eval()(*inputs))
         except Exception as error:
             return f"removing its channels breaks the model ({first_line(error)})"
+        if shared_parameters(pruned) != shared_parameters(model):
+            return "removing its channels parts layers that share a weight"
         masked = copy.deepcopy(model)
         silence(masked, groups, removed)
         _leave_out_of_statistics(masked, groups, removed)

@@ -14,7 +14,10 @@ from tiny_networks import KINDS
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from diplugin.costs import params
 from diplugin.network import trace_network
+from diplugin.plan import PruningPlan
+from diplugin.surgery import apply_plan
 from diplugin.verification import silence
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
@@ -158,6 +161,44 @@ def test_blocks_that_would_shift_are_left_alone(blocks: int, prunable: set[str])
 
 
 # --- silence: an independent twin of removal ---
+
+
+class Tied(nn.Module):
+    """A table of words is the last layer's weight; two inner layers share one weight; or they only equal each other."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(9, 8), nn.Linear(8, 9, bias=False)
+        self.one, self.two = nn.Linear(8, 6), nn.Linear(8, 6)
+        self.one_back, self.two_back = nn.Linear(6, 8), nn.Linear(6, 8)
+        self.last.weight, self.two.weight = self.table.weight, self.one.weight
+        if not tied:
+            self.last.weight, self.two.weight = (
+                nn.Parameter(m.weight.detach().clone()) for m in (self.table, self.one)
+            )
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.table(words)
+        x = x + self.one_back(F.relu(self.one(x)))
+        return self.last(x + self.two_back(F.relu(self.two(x))))
+
+
+def test_shared_weights_stay_shared_and_are_not_cut_apart() -> None:
+    """Cut differently they would be two, and the network larger than predicted; its twin holds two from the start."""
+    torch.manual_seed(0)
+    model, words = Tied(tied=True).eval(), torch.arange(6)[None]
+    apart = Tied(tied=False).eval()
+    apart.load_state_dict(model.state_dict())
+    trace = trace_network(model, (words,))
+    stream = next(g.name for g in trace.groups if any(m.layer == "table" for m in g.members))
+    assert {g.name for g in trace.prunable} == {stream}
+    assert all("share" in g.note for g in trace.groups if g.name in ("one", "two"))
+    assert {g.name for g in trace_network(apart, (words,)).prunable} == {stream, "one", "two"}
+    plan = PruningPlan({stream: (1, 2, 4, 7)}, trace.base_widths, {}, trace.inputs)
+    pruned, twin = (apply_plan(copy.deepcopy(net), plan) for net in (model, apart))
+    assert pruned.last.weight is pruned.table.weight and pruned.two.weight is pruned.one.weight
+    assert params(trace).cost(plan.widths) == sum(p.numel() for p in pruned.parameters())
+    torch.testing.assert_close(pruned(words), twin(words))
 
 
 @pytest.mark.parametrize("kind", KINDS)
