@@ -86,6 +86,23 @@ def test_a_constant_channel_goes_into_the_bias() -> None:
     torch.testing.assert_close(apply_plan(model, plan)(images), want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("tracks", [False, True])
+def test_a_constant_is_left_to_the_norm_that_takes_it_up(tracks: bool) -> None:
+    """An InstanceNorm with running statistics subtracts the old mean, as a fixed scale and offset behind would."""
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm2d(5, track_running_stats=tracks)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1, bias=False), norm).eval()
+    images = torch.randn(60, 3, 6, 6)
+    trace = trace_network(model, (images[:1],))
+    plan, hidden = plan_of(trace, **{"0": (0, 1, 3)}), model[:2](images).detach().double()
+    rows, weight = hidden.movedim(1, -1).flatten(0, 2), model[2].weight.detach().double().flatten(1)
+    read = torch.cat([rows[:, [0, 1, 3]], torch.ones(len(rows), 0 if tracks else 1)], 1)
+    expected = weight[:, [0, 1, 3]] + weight[:, 2:3] @ torch.linalg.lstsq(read, rows[:, 2:3]).solution[:3].T
+    compensate(model, [(images, torch.zeros(60))], trace, plan, strength=1e-12)
+    got = apply_plan(model, plan)[2].weight.flatten(1)  # pyright: ignore
+    torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_no_bias_appears_that_a_fresh_model_lacks(make_net: MakeNet, make_images: Any) -> None:
     model, inputs = make_net("residual")
     trace = trace_network(model, inputs)

@@ -33,8 +33,6 @@ from ..team import current_team
 from .outputs import examples_of, norms_behind
 
 _MAX_CHANNELS = 4096
-#: Their statistics take up a constant of every channel.
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def compensate(
     readers = _readers(model, trace, plan)
     moments = _input_moments(model, loader, readers, images, forward)
     modules = dict(model.named_modules())
-    norms = (name for name, module in modules.items() if isinstance(module, _NORMS))
+    norms = (name for name, module in modules.items() if _takes_up_constants(module))
     followed = norms_behind(model, trace, moments, norms) if readers else {}
     done = []
     for reader in readers:
@@ -150,6 +148,12 @@ def _input_moments(
     if not all(torch.isfinite(m.gram).all() for m in moments.values()):
         raise DataError("expected finite feature maps to compensate with, got NaN or infinity")
     return moments
+
+
+def _takes_up_constants(module: nn.Module) -> bool:
+    """Whether it is a norm whose statistics follow the channels: those of the image, or those that are recalibrated."""
+    instance = isinstance(module, nn.modules.instancenorm._InstanceNorm) and not module.track_running_stats
+    return instance or isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 @torch.no_grad()
