@@ -63,6 +63,26 @@ def test_dropout_stays_off_and_labels_are_not_needed(make_images: Any) -> None:
     torch.testing.assert_close(model[1].running_mean, images.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
+class Dropping(nn.BatchNorm2d):
+    """With a dropout of its own behind it, as timm's norms with activations may have."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop = nn.Dropout(0.9)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.drop(super().forward(input))
+
+
+def test_so_does_a_norm_s_own_dropout(make_images: Any) -> None:
+    images = make_images(40).images
+    dropping, plain = (nn.Sequential(norm(3), nn.BatchNorm2d(3)) for norm in (Dropping, nn.BatchNorm2d))
+    for model in (dropping, plain):
+        recalibrate_batchnorm(model, [(images,)])
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(dropping.state_dict()[name], value)
+
+
 def test_only_so_many_images_are_read(make_net: MakeNet, make_images: Any) -> None:
     seen: list[int] = []
     model, _ = make_net("plain")

@@ -56,7 +56,7 @@ def recalibrate_batchnorm(
     try:
         with evaluating(model), torch.no_grad(), team.together():
             for norm in norms:
-                norm.train()
+                norm.training = True  # not `train()`: a dropout of its own stays off
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain average over chunks
             turn = 0
