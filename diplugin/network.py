@@ -189,6 +189,8 @@ def record_layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[Lay
 
     def record(name: str, x: Any, y: Any, call: LayerCall | None) -> None:
         if isinstance(x, Tensor) and isinstance(y, Tensor):
+            if call is not None and not call.kernel:
+                x = call.x  # a linear layer may pool or flatten maps first: its rows are those that it multiplies
             runs.append((name, x, y, y.grad_fn, _padding(modules[name], x, y, call)))
 
     try:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_pruning as tp
 from random_plans import random_plan
 from torch import Tensor, nn
@@ -187,6 +188,23 @@ def test_an_image_without_a_batch_dimension_is_one_image() -> None:
     assert PeakActivationMemory(alone).base == PeakActivationMemory(batched).base
     for one, other in zip(timed_layers(alone), timed_layers(batched), strict=True):
         assert one.key(alone.base_widths) == other.key(batched.base_widths)
+
+
+class Classifies(nn.Linear):
+    """Maps, which it pools to 2x2 and flattens itself."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.adaptive_avg_pool2d(input, 2).flatten(1))
+
+
+def test_a_linear_layer_s_rows_are_those_that_it_multiplies() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Classifies(32, 5))
+    apart = nn.Sequential(*model[:2], nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
+    image = torch.randn(1, 3, 9, 9)
+    one, other = (trace_network(m, (image,)) for m in (model, apart))
+    assert macs(one).base == macs(other).base == torch_macs(model, (image,))
+    assert PeakActivationMemory(one).base == PeakActivationMemory(other).base
+    assert one.base_widths == other.base_widths == {"0": 8}
 
 
 def test_macs_scale_with_the_batch_and_params_do_not(make_net: MakeNet) -> None:
