@@ -152,9 +152,12 @@ class _CallWatch(TorchFunctionMode):
         super().__init__()
         self.last: tuple[LayerCall, Tensor, int] | None = None
         self.uses: Counter[int] = Counter()
+        self.resting = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self.resting:
+            return result
         if (call := call_of(func, args, kwargs)) is not None:
             self.last = call, result, version_of(result)
         # An embedding may look its rows up in a classifier's weight, a decoder may turn an encoder's around.
@@ -177,7 +180,11 @@ def watching_calls(
 
     def hook(name: str) -> Callable[..., None]:
         def ran(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-            see(name, next(iter((*args, *kwargs.values())), None), y, watch.taken(y))
+            call, watch.resting = watch.taken(y), True  # what `see` computes is no part of the network
+            try:
+                see(name, next(iter((*args, *kwargs.values())), None), y, call)
+            finally:
+                watch.resting = False
 
         return ran
 

@@ -170,6 +170,20 @@ def test_a_hook_that_changes_the_output_in_place_is_seen() -> None:
     assert plain_layers(net, (ROW,), ["layer"]) == set()
 
 
+def test_what_the_onlooker_computes_is_no_call_of_the_network() -> None:
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    seen: list[tuple[str, bool]] = []
+
+    def see(name: str, x: Any, _y: Any, call: LayerCall | None) -> None:
+        seen.append((name, call is not None))
+        F.linear(x, second.weight)
+
+    with torch.no_grad(), watching_calls({"0": first, "1": second}, see) as watch:
+        nn.Sequential(first, second)(ROW)
+    assert seen == [("0", True), ("1", True)]
+    assert (watch.uses[id(first.weight)], watch.uses[id(second.weight)]) == (1, 1)
+
+
 def test_a_network_that_fails_is_left_as_it_was() -> None:
     net = Net(nn.Linear(6, 6), lambda net, x: net.other(net.layer(x)[:, :5])).train()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
