@@ -259,11 +259,8 @@ def parsed() -> argparse.Namespace:
 
 def setting_of(args: argparse.Namespace) -> Setting:
     setting = Setting(**(LONG if args.long else SHORT), device=args.device, judge=args.judge)
-    changes = {
-        k: v
-        for k in ("epochs", "images", "lr", "teacher_weight", "compiled", "bf16")
-        if (v := getattr(args, k)) is not None
-    }
+    names = ("epochs", "images", "lr", "teacher_weight", "compiled", "bf16")
+    changes = {name: value for name in names if (value := getattr(args, name)) is not None}
     fractions = tuple(float(f) for f in args.fractions.split(",")) if args.fractions else setting.fractions
     return replace(setting, fractions=fractions, recipe=replace(setting.recipe, **changes))
 
