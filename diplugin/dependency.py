@@ -1,7 +1,7 @@
 """torch-pruning's dependency graph of a model: built with the model left as it was, or refused in one line.
 
 torch-pruning follows `grad_fn` from outputs back to weights. What would make it give no groups without a word (frozen
-weights, detached outputs, NaN), fail in its own terms or never come back is caught here.
+weights, detached outputs, NaN, compiled code), fail in its own terms or never come back is caught here.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ def dependency_graph(
     Raises:
         ModelError: the model does not run on the example inputs, or cannot be followed.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    _check_model(model)
     if not isinstance(example_inputs, tuple):
         raise ModelError(f"expected example_inputs as a tuple such as (x,), got {type(example_inputs).__name__}")
     with traceable(model), warnings.catch_warnings():
@@ -83,6 +82,23 @@ def dependency_graph(
                 f"expected a model that torch-pruning can follow, got {type(error).__name__}: {first_line(error)}; "
                 "it cannot where channels are split and joined again, or where a one-slope PReLU is concatenated"
             ) from error
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise ModelError unless it is a module whose layers can be seen."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    compiled = next((name for name, module in model.named_modules() if _is_compiled(module)), None)
+    if compiled is not None:
+        raise ModelError(
+            f"expected a model before torch.compile, which hides its layers, got one compiled at {compiled!r}; pass what "
+            "was compiled (a wrapper's _orig_mod, or the model made anew), and compile what comes out"
+        )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has wrapped a module, or compiled it in its place; asked without loading the compiler."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:

@@ -205,6 +205,19 @@ def test_a_model_that_raises(state_of: Any, assert_same_state: Any) -> None:
     assert_same_state(model, before)
 
 
+@pytest.mark.parametrize("where", ["wrapped", "wrapped inside", "in place", "in place inside"])
+def test_a_compiled_model_is_not_taken_for_one_without_channels(make_net: MakeNet, where: str) -> None:
+    model, inputs = make_net("residual")
+    whole = nn.Sequential(model) if where.endswith("inside") else model
+    if where.startswith("in place"):
+        model.compile(backend="eager")
+    else:
+        compiled: Any = torch.compile(model, backend="eager")
+        whole = nn.Sequential(compiled) if where.endswith("inside") else compiled
+    with pytest.raises(ModelError, match="before torch.compile.*'0'" if where.endswith("inside") else "before"):
+        trace_network(whole, inputs)
+
+
 def test_inputs_that_are_no_tensors() -> None:
     class Scaled(nn.Conv2d):
         def forward(self, input: Tensor, scale: int = 1) -> Tensor:
