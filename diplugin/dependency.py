@@ -91,8 +91,8 @@ def _check_model(model: nn.Module) -> None:
     compiled = next((name for name, module in model.named_modules() if _is_compiled(module)), None)
     if compiled is not None:
         raise ModelError(
-            f"expected a model before torch.compile, which hides its layers, got one compiled at {compiled!r}; pass what "
-            "was compiled (a wrapper's _orig_mod, or the model made anew), and compile what comes out"
+            f"expected a model before torch.compile, which hides its layers, got one compiled at {compiled!r}; pass "
+            "what was compiled (a wrapper's _orig_mod, or the model made anew), and compile what comes out"
         )
 
 
