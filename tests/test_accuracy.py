@@ -32,8 +32,9 @@ class Table(nn.Module):
         (torch.tensor([0, 1, 2, 2]), 3 / 4),
         (torch.eye(3)[torch.tensor([0, 1, 2, 2])], 3 / 4),
         (torch.tensor([[1, 1, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1]]), 8 / 12),
+        (torch.tensor([[1, 1, -1], [-1, 1, 0], [1, 1, 0], [0, -1, 1]]), 8 / 12),
     ],
-    ids=["class ids", "one-hot", "multi-label"],
+    ids=["class ids", "one-hot", "multi-label", "multi-label, some unknown"],
 )
 def test_by_hand_whatever_the_batches(labels: Tensor, expected: float, size: int) -> None:
     """Also where some batches of multi-label data have one label an image, and look one-hot."""
@@ -68,6 +69,18 @@ def test_what_cannot_be_judged() -> None:
         check_fit(LOGITS, torch.ones(4, 2))
     with pytest.raises(ModelError, match="one tensor of logits, got dict"):
         check_fit({"logits": LOGITS}, ids)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_another_network_s_logits_are_judged_by_their_first_choice(size: int) -> None:
+    """Signs agree where nobody is sure: of a thousand logits most are below zero in any network."""
+    ids, teacher = torch.arange(4), LOGITS + torch.tensor([0.0, 0.0, 1.5])
+    batches = list(zip(ids.split(size), teacher.split(size), strict=True))
+    agreement = float((LOGITS.argmax(1) == teacher.argmax(1)).double().mean())
+    assert accuracy(Table(LOGITS), batches) == agreement < 1
+    assert accuracy(Table(LOGITS), [(ids, LOGITS)]) == 1.0
+    column = torch.tensor([[2.0], [-0.3], [0.2], [-1.0]])
+    assert accuracy(Table(column), [(ids, torch.tensor([[0.4], [-3.0], [-0.1], [-2.0]]))]) == 3 / 4
 
 
 def test_soft_labels_are_judged_by_their_largest_share() -> None:
