@@ -66,8 +66,9 @@ class ByAll:
         return values if norms is None else _ranks(values) + self.weight * _ranks(norms.to(values.device))
 
 
-#: The order for one ratio in all layers and a training afterwards, where it recovers as well as the largest filters;
-#: where the losses choose the widths it does no better than `ByAll()`, and keeps less of a hard cut before a training.
+#: The order for one ratio in all layers and a training afterwards, where it recovers as well as the largest filters.
+#: The losses, which choose widths, have no say in it; where they do choose them, it does no better than `ByAll()`, and
+#: keeps less of a hard cut before a training.
 BY_ENERGY_AND_NORMS = ByAll(ByEnergy())
 
 
