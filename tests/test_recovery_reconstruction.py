@@ -1,4 +1,4 @@
-"""Reconstruction against exact answers: networks whose removed channels are redundant, and least squares by LAPACK."""
+"""Reconstruction against exact answers: networks whose removed channels are redundant."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diplugin.errors import DataError
-from diplugin.layer_calls import LayerCall, call_of
 from diplugin.network import trace_network
 from diplugin.plan import PruningPlan
 from diplugin.recovery import Reconstruction, recalibrate_batchnorm, reconstruct
-from diplugin.recovery.layer_fit import LayerFit, Site
 from diplugin.surgery import apply_plan
 
 MakeNet = Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]
@@ -164,45 +162,6 @@ def test_no_map_outlives_its_readers() -> None:
     x = torch.randn(16, *inputs[0].shape[1:], generator=torch.Generator().manual_seed(0))
     reconstruct(pruned, model, [(x,)], trace, plan, Reconstruction(images=16))
     assert len(seen) == 6 and 1 <= most <= 2
-
-
-def conv_of(depthwise: bool) -> tuple[nn.Conv2d, Site, Tensor, Tensor]:
-    torch.manual_seed(1)
-    channels = 4
-    conv = nn.Conv2d(channels, channels if depthwise else 5, 3, 2, 1, groups=channels if depthwise else 1)
-    x = torch.randn(30, channels, 9, 9)
-    target = torch.randn(30, conv.out_channels, 5, 5)
-    net = nn.Sequential(conv)
-    spec = trace_network(net, (x[:1],), verify=False).layers[0]
-    positions = torch.arange(25).repeat(30, 1)  # every position: the problem is then exactly LAPACK's
-    return conv, Site(spec, 0, torch.arange(conv.out_channels), None, positions), x, target
-
-
-def call_of_conv(conv: nn.Conv2d, x: Tensor) -> LayerCall:
-    call = call_of(F.conv2d, (x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups), {})
-    assert call is not None
-    return call
-
-
-@pytest.mark.parametrize("depthwise", [False, True])
-def test_a_fit_is_the_least_squares_solution(depthwise: bool) -> None:
-    conv, site, x, target = conv_of(depthwise)
-    LayerFit(conv, site, call_of_conv(conv, x), site.sampled(target)).solve(1e-12, None)
-    columns = F.unfold(x, 3, padding=1, stride=2).transpose(1, 2).flatten(0, 1)
-    flat = target.flatten(2).transpose(1, 2).flatten(0, 1)
-    ones = torch.ones(len(columns), 1)
-    for out in range(conv.out_channels):
-        mine = columns[:, 9 * out : 9 * out + 9] if depthwise else columns
-        solution = torch.linalg.lstsq(torch.cat([mine, ones], 1).double(), flat[:, out : out + 1].double()).solution
-        assert torch.allclose(conv.weight[out].flatten().double(), solution[:-1, 0], atol=1e-4)
-        assert conv.bias is not None and torch.allclose(conv.bias[out].double(), solution[-1, 0], atol=1e-4)
-
-
-def test_a_large_ridge_holds_the_present_weights() -> None:
-    conv, site, x, target = conv_of(False)
-    before = conv.weight.detach().clone()
-    LayerFit(conv, site, call_of_conv(conv, x), site.sampled(target)).solve(1e9, None)
-    assert torch.allclose(conv.weight, before, atol=1e-6)
 
 
 def test_no_data_and_broken_data(make_net: MakeNet) -> None:

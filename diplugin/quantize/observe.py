@@ -39,11 +39,11 @@ class LayerStatistics:
         gram: float64 [G, B, D/B, D/B], sum of second moments of the inputs of each of G groups of channels; of a very
             wide layer only B diagonal blocks.
         mean: float64 [G, D], sum of inputs.
+        call: how the layer uses its weight; `x` is empty.
         samples: float32, input values.
         label_images: float32 [chunks, L, ...], what its weight was multiplied with (padded, if the layer does that
             itself), projected on Z, scaled so that 2·‖call.of(label image, weight)‖², summed over labels and
             positions, is a DI score in fractions of label variance.
-        call: how it uses its weight; `x` is empty.
         macs: multiply-accumulates per output channel and image.
         patches: input vectors in the sums.
         repeated: whether one forward pass calls it more than once.
@@ -51,9 +51,9 @@ class LayerStatistics:
 
     gram: Tensor
     mean: Tensor
+    call: LayerCall
     samples: list[Tensor] = field(default_factory=list)
     label_images: list[Tensor] = field(default_factory=list)
-    call: LayerCall | None = None
     macs: float = 0.0
     patches: int = 0
     calls: int = 0
@@ -87,8 +87,8 @@ def observe(
     layers = quantizable_layers(model)
 
     def look(name: str, x: Tensor, output: Tensor, call: LayerCall | None) -> None:
-        statistics = seen.setdefault(name, _empty(layers[name]))
-        _look(statistics, x, output, call or set_call(layers[name], x), targets[-1], rho, generator)
+        call = call or set_call(layers[name], x)
+        _look(seen.setdefault(name, _empty(call)), x, output, call, targets[-1], rho, generator)
 
     count, device = 0, device_of(model)
     with torch.no_grad(), watching_calls(layers, look):
@@ -108,12 +108,12 @@ def observe(
     return seen
 
 
-def _empty(layer: Any) -> LayerStatistics:
-    groups = getattr(layer, "groups", 1)
-    width = layer.weight[0].numel()
+def _empty(call: LayerCall) -> LayerStatistics:
+    width = call.weight[0].numel()
     blocks = next(b for b in range(1, width + 1) if width % b == 0 and width // b <= BLOCK)
-    gram = torch.zeros(groups, blocks, width // blocks, width // blocks, dtype=torch.float64)
-    return LayerStatistics(gram, torch.zeros(groups, width, dtype=torch.float64))
+    gram = torch.zeros(call.groups, blocks, width // blocks, width // blocks, dtype=torch.float64)
+    mean = torch.zeros(call.groups, width, dtype=torch.float64)
+    return LayerStatistics(gram, mean, replace(call, x=call.x.new_empty(0)))
 
 
 def _look(
@@ -133,7 +133,6 @@ def _look(
         statistics.mean += patches.sum(1).double().cpu()
         statistics.patches += patches.shape[1]
     statistics.macs = output[0].numel() / call.weight.shape[0] * call.weight[0].numel()
-    statistics.call = replace(call, x=call.x.new_empty(0))
     if len(call.x) == len(targets):  # a layer that sees something else than images tells nothing of labels here
         statistics.label_images.append(_label_images(call.x, output, targets, rho))
 

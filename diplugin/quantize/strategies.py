@@ -109,7 +109,7 @@ def di_damage(task: Task, layer: str, width: int) -> np.ndarray:
     module: Any = task.model.get_submodule(layer)
     error = (task.rounded(layer, width).values - task.weight(layer)).view(module.weight.shape)
     images, call = task.statistics[layer].label_images, task.statistics[layer].call
-    if not images or call is None:
+    if not images:
         return output_error(task, layer, width) / len(error)
     total = torch.zeros(len(error), dtype=torch.float64)
     with torch.no_grad():
